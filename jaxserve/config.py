@@ -1,0 +1,112 @@
+"""Configuration as frozen records, checked on construction. Knows no flags: flags.py does.
+
+Simulator and server share these records and so their defaults; every report prints them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from jaxserve.errors import ConfigError
+
+ORDERS = ("fcfs", "priority")
+ADMISSIONS = (
+    "slice_lease",
+    "reserve_max",
+    "reserve_remaining",
+    "reserve_prompt",
+    "ratio",
+    "peak",
+)
+SLICINGS = ("adaptive", "fixed", "iteration", "sequence")
+PREFIX_SCOPES = ("client", "group", "all")
+EXECUTORS = ("jax", "paced", "mock")
+
+
+def _require(condition: bool, field: str, got: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: got {got!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV pool. `num_pages` None: as many as fit into `memory_fraction` of free memory."""
+
+    page_size: int = 32
+    num_pages: int | None = None
+    memory_fraction: float = 0.5
+    prefix_cache: bool = True
+    prefix_scope: str = "all"
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        _require(8 <= size <= 256 and size & (size - 1) == 0, "page_size", size, "8, 16 ... 256")
+        if self.num_pages is not None:
+            _require(self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
+        fraction = self.memory_fraction
+        _require(0 < fraction <= 0.95, "kv_memory_fraction", fraction, "a number in (0, 0.95]")
+        scope = self.prefix_scope
+        _require(scope in PREFIX_SCOPES, "prefix_scope", scope, ", ".join(PREFIX_SCOPES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Order, admission and slicing of one replica, and the bounds of its queue.
+
+    `max_rows` is the most sequences that run at once, `max_prefill_tokens` the most prompt tokens
+    a tick may hold beside its decode rows. `slice_steps` is S of `fixed` and the most steps of
+    `adaptive` (tokens per row and slice). `max_gap_ms` bounds the delivery gap of running streams
+    (0: unbounded). `queue_timeout_s` 0 means requests wait without limit.
+    """
+
+    order: str = "fcfs"
+    admission: str = "slice_lease"
+    slicing: str = "adaptive"
+    slice_steps: int = 64
+    max_rows: int = 64
+    max_prefill_tokens: int = 512
+    max_gap_ms: float = 0.0
+    watermark_pages: int = 0
+    max_waiting: int = 4096
+    max_waiting_tokens: int = 4_000_000
+    queue_timeout_s: float = 600.0
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("order", ORDERS), ("admission", ADMISSIONS), ("slicing", SLICINGS)):
+            value = getattr(self, field)
+            _require(value in allowed, field, value, ", ".join(allowed))
+        for field, least, most in (
+            ("slice_steps", 1, 1024),
+            ("max_rows", 1, 4096),
+            ("max_prefill_tokens", 16, 65536),
+            ("watermark_pages", 0, 2**31),
+            ("max_waiting", 1, 10**7),
+            ("max_waiting_tokens", 1, 10**12),
+        ):
+            value = getattr(self, field)
+            _require(least <= value <= most, field, value, f"{least} to {most}")
+        for field in ("max_gap_ms", "queue_timeout_s"):
+            value = getattr(self, field)
+            _require(math.isfinite(value) and value >= 0, field, value, "0 (off) or positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything one engine process needs to start."""
+
+    model: str = "demo"
+    executor: str = "jax"
+    dtype: str = "auto"
+    kernels: str = "auto"
+    seed: int = 0
+    replica: str = "replica-0"
+    profile: str = ""
+    event_log: str = ""
+    compilation_cache: str = ""
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    def __post_init__(self) -> None:
+        _require(self.executor in EXECUTORS, "executor", self.executor, ", ".join(EXECUTORS))
+        dtypes = ("auto", "float32", "bfloat16")
+        _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))

@@ -1,0 +1,1 @@
+"""Array code: jax and Pallas only. Knows no request, model or server."""

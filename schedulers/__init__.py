@@ -1,0 +1,1 @@
+"""Decisions and bookkeeping: standard library, numpy, sortedcontainers. Imports no JAX."""

@@ -1,0 +1,1 @@
+"""Estimators: serving time now; memory and output length join them."""

@@ -1,0 +1,64 @@
+"""What every order offers, and the base of those whose sorting key never changes."""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from sortedcontainers import SortedDict
+
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber
+
+
+@runtime_checkable
+class Order(Protocol):
+    """A total order over requests, kept up to date by events."""
+
+    def on(self, event: Event) -> None:
+        """Take note of what happened."""
+        ...
+
+    def waiting(self) -> Iterator[RequestNumber]:
+        """Waiting requests, the next one first. Events end the iteration: ask anew."""
+        ...
+
+    def running(self) -> list[RequestNumber]:
+        """Running requests, the one to serve first in front: victims are taken from the end."""
+        ...
+
+
+class StaticOrder:
+    """An order by a key that is fixed on arrival, so a preempted request takes its old place."""
+
+    def __init__(self) -> None:
+        self._key: dict[RequestNumber, tuple[int, ...]] = {}
+        self._waiting: SortedDict = SortedDict()
+        self._running: SortedDict = SortedDict()
+
+    def key(self, event: Arrive) -> tuple[int, ...]:
+        """The sorting key of a request, smallest first."""
+        raise NotImplementedError
+
+    def on(self, event: Event) -> None:
+        match event:
+            case Arrive(number=number):
+                key = self._key[number] = (*self.key(event), number)
+                self._waiting[key] = number
+            case Admit(number=number):
+                key = self._key[number]
+                del self._waiting[key]
+                self._running[key] = number
+            case Preempt(number=number):
+                key = self._key[number]
+                del self._running[key]
+                self._waiting[key] = number
+            case Finish(number=number) | Abort(number=number):
+                key = self._key.pop(number)
+                if self._waiting.pop(key, None) is None:
+                    del self._running[key]
+            case Enact():
+                pass
+
+    def waiting(self) -> Iterator[RequestNumber]:
+        return iter(self._waiting.values())
+
+    def running(self) -> list[RequestNumber]:
+        return list(self._running.values())
