@@ -1,0 +1,196 @@
+"""From a configuration to an engine that is ready to serve."""
+
+import os
+from pathlib import Path
+
+from jaxserve.clock import MonotonicClock
+from jaxserve.config import EngineConfig
+from jaxserve.engine.core import CoreConfig, EngineCore, make_slicing
+from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
+from jaxserve.engine.event_log import EventLog
+from jaxserve.engine.executor import Executor
+from jaxserve.engine.scripted import PaceProfile, ScriptedExecutor
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.info import ModelInfo
+from jaxserve.models.sources import ModelSource, load_model_config, load_weights, parse_source
+from jaxserve.request import Limits
+
+TILE = 32
+"""Prompt tokens per tile: chunks are rounded up to it."""
+
+
+def build_engine(
+    config: EngineConfig, *, on_report: OnReport, on_failure: OnFailure, progress
+) -> EngineDriver:
+    """Load the model, size the pool, compile every program; returns a driver that is not started.
+
+    `progress` is called with lines for people. Raises ConfigError for what a user can mend.
+    """
+    source = parse_source(config.model)
+    model = load_model_config(source)
+    if config.executor == "jax":
+        executor, info = _build_jax(config, source, model, progress)
+    else:
+        executor, info = _build_scripted(config, model)
+    core = EngineCore(core_config(config, model, info.num_pages))
+    tokens = info.num_pages * info.page_size
+    progress(f"KV pool: {info.num_pages} pages of {info.page_size} tokens, {tokens} tokens")
+    log = EventLog(config.event_log, core.config) if config.event_log else None
+    return EngineDriver(
+        core,
+        executor,
+        MonotonicClock(),
+        info=info,
+        on_report=on_report,
+        on_failure=on_failure,
+        log=log,
+    )
+
+
+def core_config(config: EngineConfig, model: ModelConfig, num_pages: int) -> CoreConfig:
+    """The core's part of a configuration."""
+    return CoreConfig(
+        limits=_limits(config, model),
+        model_key=model.name,
+        num_pages=num_pages,
+        page_size=config.cache.page_size,
+        prefix_cache=config.cache.prefix_cache,
+        tile=TILE,
+        scheduler=config.scheduler,
+    )
+
+
+def _limits(config: EngineConfig, model: ModelConfig) -> Limits:
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_context=model.max_context,
+        max_samples=config.scheduler.max_rows,
+    )
+
+
+def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor, ModelInfo]:
+    profile = None
+    if config.executor == "paced":
+        if not config.profile:
+            raise ConfigError("profile: --executor=paced needs --profile=<file with step times>")
+        profile = PaceProfile.load(config.profile)
+    executor = ScriptedExecutor(
+        vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, profile=profile
+    )
+    num_pages = config.cache.num_pages or _pages_rows_can_use(config, model)
+    info = ModelInfo(
+        name=model.name,
+        source=config.model,
+        config=model,
+        dtype="none",
+        num_pages=num_pages,
+        page_size=config.cache.page_size,
+        programs=0,
+        kernels={},
+        platform=config.executor,
+        device_kind="scripted",
+        num_devices=0,
+    )
+    return executor, info
+
+
+def _build_jax(
+    config: EngineConfig, source: ModelSource, model: ModelConfig, progress
+) -> tuple[Executor, ModelInfo]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxserve.engine.batch import BatchShape
+    from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
+    from jaxserve.kernels.backend import resolve
+
+    device = jax.devices()[0]
+    dtype = _dtype(config, device.platform)
+    if config.compilation_cache:
+        _use_compilation_cache(config.compilation_cache)
+    weights = load_weights(source, model, dtype=dtype, seed=config.seed)
+    progress(
+        f"model {model.name}: {model.num_parameters / 1e6:.1f} M parameters in {dtype} on"
+        f" {device.device_kind}"
+    )
+    page_size = config.cache.page_size
+    num_pages = _num_pages(config, model, jnp.dtype(dtype).itemsize, device)
+    shape = BatchShape(
+        tile=TILE,
+        table_pages=-(-model.max_context // page_size),
+        step_buffer=make_slicing(config.scheduler, _limits(config, model)).max_steps,
+        max_rows=config.scheduler.max_rows,
+    )
+    max_tiles = -(-config.scheduler.max_prefill_tokens // TILE)
+    executor = JaxExecutor(
+        model,
+        weights,
+        shape=shape,
+        buckets=make_buckets(shape.max_rows, max_tiles),
+        num_pages=num_pages,
+        page_size=page_size,
+        kernels=config.kernels,
+        dtype=dtype,
+    )
+    executor.compile_all(progress, threads=max(2, len(os.sched_getaffinity(0))))
+    info = ModelInfo(
+        name=model.name,
+        source=config.model,
+        config=model,
+        dtype=dtype,
+        num_pages=num_pages,
+        page_size=page_size,
+        programs=executor.num_programs,
+        kernels={"paged_attention": resolve(config.kernels)},
+        platform=device.platform,
+        device_kind=device.device_kind,
+        num_devices=1,
+    )
+    return executor, info
+
+
+def _dtype(config: EngineConfig, platform: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def _use_compilation_cache(directory: str) -> None:
+    import jax
+
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"compilation_cache: {directory!r}: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _pages_rows_can_use(config: EngineConfig, model: ModelConfig) -> int:
+    """Pages of `max_rows` rows of full context: more would hold nothing but cached prefixes."""
+    return config.scheduler.max_rows * -(-model.max_context // config.cache.page_size)
+
+
+def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, device) -> int:
+    """As many pages as `memory_fraction` of free memory holds, and rows can use."""
+    if config.cache.num_pages is not None:
+        return config.cache.num_pages
+    free_bytes = _free_bytes(device)
+    page_bytes = model.kv_bytes_per_token(value_bytes) * config.cache.page_size
+    fit = int(free_bytes * config.cache.memory_fraction) // page_bytes
+    if fit < 2:
+        raise ConfigError(
+            f"kv_memory_fraction: {config.cache.memory_fraction} of {free_bytes / 2**20:.0f} MiB"
+            f" free holds {fit} pages of {page_bytes / 2**20:.2f} MiB, at least 2 are needed;"
+            " lower --page_size or use a smaller model or --dtype=bfloat16"
+        )
+    return min(fit, _pages_rows_can_use(config, model))
+
+
+def _free_bytes(device) -> int:
+    statistics = device.memory_stats()
+    if statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,431 @@
+"""The engine core: requests in, slice plans out; slice results in, tokens out. No I/O, no clock.
+
+The driver (or the simulator) calls `next_slice` and `complete` around the device. With overlap,
+slice k + 1 is planned before slice k was parsed: a row of k whose end the host does not know yet is
+*draining*, planned again, and masked by the device if it ended. What may be wrong about such a row
+is only how long it is, so its lease always covers the most it can have.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence as ReadOnly
+from dataclasses import dataclass
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.engine.plan import Code, SlicePlan, SliceResult
+from jaxserve.engine.planner import Planner
+from jaxserve.engine.sequence import Job, Phase, Sequence
+from jaxserve.engine.statistics import EngineStatistics
+from jaxserve.errors import BadRequest, JaxserveError, QueueFull
+from jaxserve.request import (
+    Delta,
+    FinishReason,
+    Limits,
+    Request,
+    TokenLogprob,
+    check_request,
+)
+from jaxserve.schedulers.admission import ADMISSIONS, Candidate
+from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceShape
+from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
+from jaxserve.schedulers.order import ORDERS
+from jaxserve.schedulers.pages import PagePool
+from jaxserve.schedulers.slicing import Adaptive, Fixed, Slicing, WholeSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreConfig:
+    """What a core is built from: limits of the model, size of the pool, and the policies' names.
+
+    `tile` is the number of prompt tokens that step 0 rounds each chunk up to.
+    """
+
+    limits: Limits
+    model_key: str
+    num_pages: int
+    page_size: int
+    tile: int
+    scheduler: SchedulerConfig
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A request that was refused, and why."""
+
+    request_id: str
+    error: JaxserveError
+
+
+@dataclass(slots=True)
+class _InFlight:
+    number: int
+    rows: list[tuple[Sequence, int]]
+
+
+_REASONS = {
+    Code.STOP: FinishReason.STOP,
+    Code.LENGTH: FinishReason.LENGTH,
+    Code.ERROR: FinishReason.ERROR,
+}
+
+
+def make_slicing(scheduler: SchedulerConfig, limits: Limits) -> Slicing:
+    """The slicing that the configuration names."""
+    depth = 2 if scheduler.overlap else 1
+    match scheduler.slicing:
+        case "sequence":
+            return WholeSequence(limits.max_context)
+        case "iteration":
+            return Fixed(1, depth=depth)
+        case "fixed":
+            return Fixed(scheduler.slice_steps, depth=depth)
+        case _:
+            return Adaptive(
+                scheduler.slice_steps,
+                max_gap_s=scheduler.max_gap_ms / 1e3,
+                overlap=scheduler.overlap,
+                time=ServingTime(),
+            )
+
+
+class EngineCore:
+    """Jobs, pages and policies of one replica. One thread owns it.
+
+    Everything is driven by the caller's time `now_s`, in seconds, which never goes back.
+    """
+
+    def __init__(self, config: CoreConfig):
+        self.config = config
+        self.order = ORDERS[config.scheduler.order]()
+        self.admission = ADMISSIONS[config.scheduler.admission]()
+        self.slicing = make_slicing(config.scheduler, config.limits)
+        self.pool = PagePool(config.num_pages, config.page_size)
+        self.jobs: dict[int, Job] = {}
+        self._number_of: dict[str, int] = {}
+        self._last_job = 0
+        self._in_flight: deque[_InFlight] = deque()
+        self._last_slice = 0
+        self._depth = 1
+        self._expiries: list[tuple[float, int, bool]] = []
+        self._outbox: list[Delta] = []
+        self.statistics_now = EngineStatistics()
+        self._planner = Planner(self)
+
+    # Requests in.
+
+    def submit(self, request: Request, now_s: float) -> None:
+        """Queue a request.
+
+        Raises BadRequest for fields that cannot be served, also when the pool could never hold it,
+        and QueueFull when the bounded queue has no place.
+        """
+        check_request(request, self.config.limits)
+        if request.request_id in self._number_of:
+            raise BadRequest("request_id", request.request_id, "an id that is not in use")
+        room = self.config.limits.max_context - request.prompt.size
+        max_output = request.params.max_tokens or room
+        self._check_fits(request, max_output)
+        self._check_queue(request, now_s)
+        self._last_job += 1
+        job = Job(self._last_job, request, max_output)
+        job.sequences = [
+            Sequence(job, sample, sample_seed(request.params.seed or 0, sample))
+            for sample in range(request.params.n)
+        ]
+        self.jobs[job.number] = job
+        self._number_of[request.request_id] = job.number
+        self.statistics_now.waiting += 1
+        self.statistics_now.waiting_tokens += request.prompt.size
+        self.statistics_now.received += 1
+        self.order.on(
+            Arrive(
+                number=job.number,
+                client=request.client,
+                priority=request.priority,
+                arrived_s=now_s,
+                num_prompt_tokens=request.prompt.size,
+                max_output=max_output,
+                num_samples=request.params.n,
+            )
+        )
+        self.slicing.arrived(now_s)
+        if request.deadline_s is not None:
+            heapq.heappush(self._expiries, (request.deadline_s, job.number, True))
+        timeout_s = self.config.scheduler.queue_timeout_s
+        if timeout_s:
+            heapq.heappush(self._expiries, (now_s + timeout_s, job.number, False))
+
+    def abort(
+        self,
+        request_id: str,
+        *,
+        sample: int = -1,
+        reason: FinishReason = FinishReason.ABORT,
+        keep_tokens: int | None = None,
+    ) -> bool:
+        """End a request, or one sample of it, from outside. False when it is not known (any more).
+
+        With `keep_tokens`, output beyond so many tokens never counted: a stop string matched there.
+        Its pages are handed on once every slice dispatched before is parsed.
+        """
+        job = self.jobs.get(self._number_of.get(request_id, -1))
+        if job is None:
+            return False
+        ended = [each for each in job.sequences if sample in (-1, each.sample)]
+        for sequence in ended:
+            if keep_tokens is not None:
+                del sequence.made[keep_tokens:]
+            self._end(sequence, reason, event=Abort)
+        return bool(ended)
+
+    def limit_row(self, request_id: str, sample: int, max_steps: int) -> None:
+        """Let a sample run at most `max_steps` steps per slice (0: as many as the slice has)."""
+        job = self.jobs.get(self._number_of.get(request_id, -1))
+        for sequence in job.sequences if job else ():
+            if sequence.sample == sample:
+                sequence.step_limit = max_steps
+
+    # Slices out, results in.
+
+    def next_slice(self, now_s: float) -> SlicePlan | None:
+        """The next slice to dispatch; None when there is nothing to run, or enough in flight."""
+        self._expire(now_s)
+        if len(self._in_flight) >= self._depth:
+            return None
+        while (planned := self._planner.plan(self._last_slice + 1, now_s)) is None:
+            if not self._planner.break_stall():
+                return None
+        plan, rows, self._depth = planned
+        self._last_slice = plan.number
+        self._in_flight.append(_InFlight(plan.number, rows))
+        self.statistics_now.slices += 1
+        self.statistics_now.prefill_tokens += plan.num_prefill_tokens
+        return plan
+
+    def complete(self, result: SliceResult, now_s: float) -> None:
+        """Take note of a slice's result; slices complete in the order of their numbers."""
+        flight = self._in_flight.popleft()
+        if flight.number != result.number:
+            raise RuntimeError(f"slice {result.number} completed, {flight.number} was expected")
+        self.pool.parsed(result.number)
+        attended = finished = 0
+        for place, (sequence, steps) in enumerate(flight.rows):
+            attended += sequence.length * result.steps_run
+            finished += int(result.codes[place]) != Code.RUNNING
+            sequence.ahead -= steps
+            if sequence.phase is not Phase.DONE:
+                self._progress(sequence, result, place)
+            if sequence.phase is Phase.EVICTING and sequence.last_slice == result.number:
+                self._evict(sequence)
+        shape = SliceShape(result.steps_run, result.rows_run, attended, result.prefill_run)
+        self.slicing.ran(shape, slice_s=result.slice_s, host_s=result.host_s, finished=finished)
+        self.admission.ticked(result.steps_run)
+        self.statistics_now.steps += result.steps_run
+        self.statistics_now.row_steps += result.steps_run * len(flight.rows)
+        self.statistics_now.slice_s += result.slice_s
+        self.statistics_now.host_s += result.host_s
+
+    def take_deltas(self) -> list[Delta]:
+        """What became known since the last call."""
+        deltas, self._outbox = self._outbox, []
+        return deltas
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+        return not self.jobs and not self._in_flight
+
+    def next_expiry_s(self) -> float | None:
+        """When `next_slice` should be called even if nothing else happens."""
+        return self._expiries[0][0] if self._expiries else None
+
+    # Endings.
+
+    def _progress(self, sequence: Sequence, result: SliceResult, place: int) -> None:
+        count, code = int(result.counts[place]), int(result.codes[place])
+        tokens = tuple(result.tokens[:count, place].tolist())
+        sequence.made.extend(tokens)
+        if count:
+            self.statistics_now.output_tokens += count
+            self.order.on(Enact(sequence.job.number, 0, count))
+        if code == Code.RUNNING:
+            if count:
+                self._emit(sequence, tokens, result=result, place=place)
+            return
+        reason = _REASONS[Code(code)]
+        self._emit(sequence, tokens, result=result, place=place, finish=reason)
+        self._end(sequence, None, event=Finish)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason | None,
+        *,
+        event: type[Finish] | type[Abort],
+        message: str = "",
+    ) -> None:
+        """Take a sequence out; with a reason, say so in a last delta without tokens."""
+        job = sequence.job
+        if reason is not None:
+            self._emit(sequence, (), finish=reason, message=message)
+            self.statistics_now.aborted += reason is not FinishReason.STOP
+        self._release(sequence)
+        sequence.phase = Phase.DONE
+        job.sequences.remove(sequence)
+        if job.sequences:
+            self._requeue_if_evicted(job)
+            return
+        if job.parent is not None:
+            self._release(job.parent)
+            job.parent.phase = Phase.DONE
+        if not job.running:
+            self.statistics_now.waiting -= 1
+            self.statistics_now.waiting_tokens -= job.request.prompt.size
+        del self.jobs[job.number], self._number_of[job.request.request_id]
+        self.statistics_now.finished += event is Finish
+        self.order.on(event(job.number))
+
+    def outgrown(self, job: Job) -> None:
+        """A request that has the pool to itself and cannot go on ends, saying why."""
+        message = f"the KV pool of {self.pool.num_pages} pages is too small for this request alone"
+        for sequence in list(job.sequences):
+            self._end(sequence, FinishReason.LENGTH, event=Finish, message=message)
+
+    def preempt(self, job: Job) -> None:
+        """Take a running job's rows away; it waits again and is recomputed."""
+        self.statistics_now.preemptions += 1
+        flying = {flight.number for flight in self._in_flight}
+        for sequence in job.rows():
+            sequence.phase = Phase.EVICTING
+            if sequence.last_slice not in flying:
+                self._evict(sequence)
+
+    def _evict(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.phase = Phase.WAITING
+        sequence.computed, sequence.started = 0, False
+        self._requeue_if_evicted(sequence.job)
+
+    def _requeue_if_evicted(self, job: Job) -> None:
+        if job.running and all(row.phase is Phase.WAITING for row in job.rows()):
+            job.running, job.parent = False, None
+            self.statistics_now.waiting += 1
+            self.statistics_now.waiting_tokens += job.request.prompt.size
+            self.order.on(Preempt(job.number))
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back lease and slot; what was computed and is valid stays findable."""
+        if sequence.lease is not None:
+            self._planner.remember(sequence)
+            self.pool.release(sequence.lease)
+            sequence.lease = None
+        self._planner.give_slot(sequence)
+
+    def _expire(self, now_s: float) -> None:
+        while self._expiries and self._expiries[0][0] <= now_s:
+            _, number, is_deadline = heapq.heappop(self._expiries)
+            job = self.jobs.get(number)
+            if job is None or not (is_deadline or self._never_ran(job)):
+                continue
+            what = "deadline" if is_deadline else "queue time-out (--queue_timeout_s)"
+            for sequence in list(job.sequences):
+                message = f"{what} passed after {now_s - job.request.arrived_s:.3f} s"
+                self._end(sequence, FinishReason.DEADLINE, event=Abort, message=message)
+
+    @staticmethod
+    def _never_ran(job: Job) -> bool:
+        return not job.running and not job.announced
+
+    # Checks and reports.
+
+    def _check_fits(self, request: Request, max_output: int) -> None:
+        candidate = Candidate(
+            num_tokens=request.prompt.size,
+            cost_pages=self.pool.pages_for(request.prompt.size),
+            max_output=max_output,
+            num_samples=request.params.n,
+        )
+        memory = self._planner.memory(self.pool.num_pages, self.slicing.max_steps)
+        if not self.admission.admits(candidate, (), memory):
+            got = f"{request.prompt.size} tokens, {request.params.n} x {max_output} to make"
+            tokens = self.pool.num_pages * self.pool.page_size
+            allowed = (
+                f"what the KV pool of {tokens} tokens can hold under admission rule"
+                f" {self.config.scheduler.admission!r}"
+            )
+            raise BadRequest("prompt and max_tokens", got, allowed)
+
+    def _check_queue(self, request: Request, now_s: float) -> None:
+        scheduler, now = self.config.scheduler, self.statistics_now
+        if now.waiting >= scheduler.max_waiting:
+            what = f"{now.waiting} requests wait (--max_waiting={scheduler.max_waiting})"
+        elif now.waiting_tokens + request.prompt.size > scheduler.max_waiting_tokens:
+            most = scheduler.max_waiting_tokens
+            what = f"{now.waiting_tokens} prompt tokens wait (--max_waiting_tokens={most})"
+        else:
+            return
+        self.statistics_now.refused += 1
+        raise QueueFull(what, retry_after_s=self._planner.drain_time_s(now_s))
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        tokens: ReadOnly[int],
+        *,
+        finish: FinishReason | None = None,
+        message: str = "",
+        result: SliceResult | None = None,
+        place: int = 0,
+    ) -> None:
+        job = sequence.job
+        job.announced = job.announced or bool(tokens)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if result is not None and result.logprobs is not None:
+            logprobs = _logprobs(sequence, tokens, result, place)
+        self._outbox.append(
+            Delta(
+                request_id=job.request.request_id,
+                sample=sequence.sample,
+                tokens=tuple(tokens),
+                logprobs=logprobs,
+                finish=finish,
+                stop_match=tokens[-1] if finish is FinishReason.STOP and tokens else None,
+                prompt_tokens=job.request.prompt.size,
+                cached_tokens=job.cached_tokens,
+                message=message,
+            )
+        )
+
+    def statistics(self) -> EngineStatistics:
+        """Counters since the start, and gauges of now."""
+        return self.statistics_now.snapshot(
+            running=sum(job.running for job in self.jobs.values()),
+            pool=self.pool.statistics(),
+            prefix=self.pool.tree.statistics(),
+        )
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of one sample, uint32: the request's own for the first, spread for the others."""
+    mixed = (seed ^ (seed >> 32)) & 0xFFFFFFFF
+    return (mixed + sample * 0x9E3779B9) & 0xFFFFFFFF
+
+
+def _logprobs(
+    sequence: Sequence, tokens: ReadOnly[int], result: SliceResult, place: int
+) -> tuple[TokenLogprob, ...]:
+    wanted = sequence.job.request.params.logprobs
+    if wanted is None or result.logprobs is None:
+        return ()
+    chosen = result.logprobs.chosen[: len(tokens), place].tolist()
+    ids = result.logprobs.top_ids[: len(tokens), place, :wanted].tolist()
+    top = result.logprobs.top[: len(tokens), place, :wanted].tolist()
+    return tuple(
+        TokenLogprob(token, logprob, tuple(zip(row_ids, row, strict=True)))
+        for token, logprob, row_ids, row in zip(tokens, chosen, ids, top, strict=True)
+    )

@@ -1,0 +1,243 @@
+"""The executor that owns a device: compiled slice programs, weights and state.
+
+Every program is compiled ahead of time and called as such, so that a shape that was not warmed up
+is an error and never a silent compilation.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.engine.batch import BatchShape, Bucket, Packer
+from jaxserve.engine.plan import RowStart, SliceLogprobs, SlicePlan, SliceResult
+from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
+from jaxserve.kernels import paged_attention as pa
+from jaxserve.kernels.sampling import PROMPT_FLAG
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Decoder, Init
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    plan: SlicePlan
+    bucket: Bucket
+    order: np.ndarray
+    output: SliceOutput
+    wants_logprobs: bool
+    dispatched_s: float
+
+
+def row_buckets(max_rows: int) -> list[int]:
+    """1, 8, 16, 32 ... up to `max_rows`: rows are padded to the next."""
+    sizes = [1]
+    size = 8
+    while size < max_rows:
+        sizes.append(size)
+        size *= 2
+    return sorted({*(s for s in sizes if s < max_rows), max_rows})
+
+
+def tile_buckets(max_tiles: int) -> list[int]:
+    """Prompt tiles of a mixed step: powers of four down from the token budget."""
+    sizes = [max_tiles]
+    while sizes[-1] > 4:
+        sizes.append(-(-sizes[-1] // 4))
+    return sorted(sizes)
+
+
+def make_buckets(max_rows: int, max_tiles: int) -> tuple[Bucket, ...]:
+    """All programs of a deployment: decode only for each row bucket, and mixed ones.
+
+    Mixed steps come with fewer row buckets, since prompts dominate their time.
+    """
+    rows = row_buckets(max_rows)
+    mixed = sorted({rows[0], *rows[1:-1][1::2], rows[-1]})
+    decode = [Bucket(r, 0) for r in rows]
+    return (*decode, *(Bucket(r, t) for r in mixed for t in tile_buckets(max_tiles)))
+
+
+class JaxExecutor:
+    """Runs slice plans on the default device. `compile_all` must come before `dispatch`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Any,
+        *,
+        shape: BatchShape,
+        buckets: tuple[Bucket, ...],
+        num_pages: int,
+        page_size: int,
+        kernels: str,
+        dtype: str,
+    ):
+        abstract = nnx.eval_shape(lambda: Decoder(config, init=Init(jnp.dtype(dtype))))
+        graphdef, state = nnx.split(abstract)
+        nnx.replace_by_pure_dict(state, weights)
+        self._weights, treedef = jax.tree.flatten(state)
+        self._config, self._shape, self.buckets = config, shape, buckets
+        self._packer = Packer(shape, buckets)
+        self._program = {
+            bucket: SliceProgram(graphdef, treedef, bucket, shape, config.eos_token_ids, kernels)
+            for bucket in buckets
+        }
+        self._compiled: dict[Bucket, Any] = {}
+        self._state = self._initial_state(num_pages, page_size, jnp.dtype(dtype))
+        self._dirty = np.zeros(shape.max_rows, bool)
+        self._ready_s = 0.0
+
+    def _initial_state(self, num_pages: int, page_size: int, dtype: jnp.dtype) -> DeviceState:
+        config, slots = self._config, self._shape.max_rows
+        dense = (slots, config.vocab_size)
+        return DeviceState(
+            pages=[
+                pa.init_pages(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+                for _ in range(config.num_layers)
+            ],
+            last_token_R=jnp.zeros(slots, jnp.int32),
+            length_R=jnp.ones(slots, jnp.int32),
+            done_R=jnp.zeros(slots, bool),
+            counts_RV=jnp.zeros(dense, jnp.int32),
+            bias_RV=jnp.zeros(dense, jnp.float32),
+        )
+
+    # Warm-up.
+
+    def compile_all(self, progress: Progress, *, threads: int) -> None:
+        """Compile every program, `threads` at a time; tracing is serial, compiling is not."""
+        jobs: list[tuple[str, Callable[[], Any]]] = [
+            (
+                f"{b.rows} rows"
+                + (f" + {b.tiles * self._shape.tile} prompt tokens" * bool(b.tiles)),
+                lambda b=b: self._compile_bucket(b),
+            )
+            for b in reversed(self.buckets)
+        ]
+        jobs += [("page copies", self._compile_copy), ("sampling extras", self._compile_extras)]
+        started_s = time.monotonic()
+        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+            futures = {pool.submit(job): name for name, job in jobs}
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                seconds = time.monotonic() - started_s
+                progress(f"compiled {done}/{len(jobs)} ({futures[future]}) after {seconds:.1f} s")
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._compiled) + 2
+
+    def _compile_bucket(self, bucket: Bucket) -> None:
+        buffer = jax.ShapeDtypeStruct((self._shape.size(bucket),), jnp.int32)
+        program = jax.jit(self._program[bucket].__call__, donate_argnums=1)
+        self._compiled[bucket] = program.lower(self._weights, self._state, buffer).compile()
+
+    def _compile_copy(self) -> None:
+        ids = jax.ShapeDtypeStruct((self._shape.max_rows,), jnp.int32)
+        self._copy = jax.jit(_copy_pages, donate_argnums=0).lower(self._state, ids, ids).compile()
+
+    def _compile_extras(self) -> None:
+        dense = (self._config.vocab_size,)
+        args = (
+            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.ShapeDtypeStruct(dense, jnp.int32),
+            jax.ShapeDtypeStruct(dense, jnp.float32),
+        )
+        self._extras = jax.jit(_set_extras, donate_argnums=0).lower(self._state, *args).compile()
+
+    # Slices.
+
+    def dispatch(self, plan: SlicePlan) -> _Ticket:
+        """Upload the plan and start its slice; returns before it is done."""
+        now_s = time.monotonic()
+        if plan.copies:
+            self._copy_pages(plan.copies)
+        for row in plan.rows:
+            if row.start is not None:
+                self._prepare_extras(row.slot, row.start)
+        bucket, buffer, order = self._packer.pack(plan)
+        self._state, output = self._compiled[bucket](self._weights, self._state, buffer)
+        output.packed.copy_to_host_async()
+        return _Ticket(plan, bucket, order, output, self._packer.wants_logprobs(plan), now_s)
+
+    def wait(self, ticket: _Ticket) -> SliceResult:
+        """Block until a slice is done, and bring its tokens into the plan's order."""
+        packed = np.asarray(ticket.output.packed)
+        ready_s = time.monotonic()
+        busy_since_s, self._ready_s = max(ticket.dispatched_s, self._ready_s), ready_s
+        rows, steps = ticket.bucket.rows, self._shape.step_buffer
+        tokens = packed[: steps * rows].reshape(steps, rows)
+        counts, codes = packed[steps * rows : -1].reshape(2, rows)
+        place = np.argsort(ticket.order)
+        steps_run = int(packed[-1])
+        return SliceResult(
+            number=ticket.plan.number,
+            steps_run=steps_run,
+            tokens=tokens[:steps_run, place],
+            counts=counts[place],
+            codes=codes[place],
+            slice_s=ready_s - busy_since_s,
+            rows_run=rows,
+            prefill_run=ticket.bucket.tiles * self._shape.tile,
+            logprobs=_read_logprobs(ticket, steps_run, place) if ticket.wants_logprobs else None,
+        )
+
+    def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
+        most = self._shape.max_rows
+        for first in range(0, len(copies), most):
+            some = copies[first : first + most]
+            ids = np.full((2, most), pa.num_pages(self._state.pages[0]), np.int32)
+            ids[:, : len(some)] = np.array(some, np.int32).T
+            self._state = self._copy(self._state, *ids)
+
+    def _prepare_extras(self, slot: int, start: RowStart) -> None:
+        """Give the slot its bias and counts, or clear those of the row that had it before."""
+        wanted = start.params.needs_extras
+        if not wanted and not self._dirty[slot]:
+            return
+        counts = np.zeros(self._config.vocab_size, np.int32)
+        bias = np.zeros(self._config.vocab_size, np.float32)
+        if wanted:
+            np.add.at(counts, np.array(start.made, np.int64), 1)
+            counts[start.prompt] |= PROMPT_FLAG
+            for token, value in start.params.logit_bias.items():
+                bias[token] = value
+        self._dirty[slot] = wanted
+        self._state = self._extras(self._state, np.int32(slot), counts, bias)
+
+
+def _copy_pages(state: DeviceState, source_N: jax.Array, target_N: jax.Array) -> DeviceState:
+    pages = [pa.copy_pages(layer, source_N, target_N) for layer in state.pages]
+    return _replace(state, pages=pages)
+
+
+def _set_extras(
+    state: DeviceState, slot: jax.Array, counts_V: jax.Array, bias_V: jax.Array
+) -> DeviceState:
+    return _replace(
+        state,
+        counts_RV=state.counts_RV.at[slot].set(counts_V),
+        bias_RV=state.bias_RV.at[slot].set(bias_V),
+    )
+
+
+def _replace(state: DeviceState, **changes: Any) -> DeviceState:
+    fields = {name: getattr(state, name) for name in DeviceState.__dataclass_fields__}
+    return DeviceState(**{**fields, **changes})
+
+
+def _read_logprobs(ticket: _Ticket, steps_run: int, place: np.ndarray) -> SliceLogprobs:
+    arrays = (
+        ticket.output.logprob_SB,
+        ticket.output.top_ids_SBN,
+        ticket.output.top_logprobs_SBN,
+    )
+    return SliceLogprobs(*(np.asarray(array)[:steps_run, place] for array in arrays))

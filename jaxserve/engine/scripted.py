@@ -1,0 +1,150 @@
+"""Executors without a device: `mock` counts up, `paced` also takes the time a profile predicts.
+
+Their tokens can be worked out by hand: each is the one before plus 1, modulo the vocabulary, the
+first following the prompt's last token. Limits, stop ids, minimum lengths and quorum are those of
+the slice program, so the core, the server and their tests meet the real contract.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxserve.engine.plan import Code, RowPlan, RowStart, SliceLogprobs, SlicePlan, SliceResult
+from jaxserve.errors import ConfigError
+from jaxserve.request import MAX_TOP_LOGPROBS
+
+
+@dataclass(slots=True)
+class _Row:
+    start: RowStart
+    token: int
+    length: int
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PaceProfile:
+    """Seconds of a slice: `slice_s + steps * (step_s + row_s * rows) + token_s * prompt tokens`."""
+
+    slice_s: float
+    step_s: float
+    row_s: float
+    token_s: float
+
+    @classmethod
+    def load(cls, path: str) -> "PaceProfile":
+        """Raises ConfigError for a file that is missing or holds no such numbers."""
+        try:
+            fields = json.loads(Path(path).read_text())
+            return cls(**{name: float(fields[name]) for name in cls.__dataclass_fields__})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            names = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(
+                f"profile: got {path!r} ({error}); allowed: a JSON file with {names} in seconds"
+            ) from error
+
+    def seconds(self, plan: SlicePlan, steps_run: int) -> float:
+        steps = steps_run * (self.step_s + self.row_s * len(plan.rows))
+        return self.slice_s + steps + self.token_s * plan.num_prefill_tokens
+
+
+class ScriptedExecutor:
+    """Tokens by rule. With a profile it sleeps so that slices follow each other at that pace."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        profile: PaceProfile | None = None,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._vocab_size = vocab_size
+        self._eos = frozenset(eos_token_ids)
+        self._profile = profile
+        self._now, self._sleep = now, sleep
+        self._rows: dict[int, _Row] = {}
+        self._busy_until_s = 0.0
+
+    def dispatch(self, plan: SlicePlan) -> tuple[SliceResult, float]:
+        result = self._run(plan)
+        seconds = self._profile.seconds(plan, result.steps_run) if self._profile else 0.0
+        self._busy_until_s = max(self._busy_until_s, self._now()) + seconds
+        return result, self._busy_until_s
+
+    def wait(self, ticket: tuple[SliceResult, float]) -> SliceResult:
+        result, ready_s = ticket
+        if self._profile and ready_s > self._now():
+            self._sleep(ready_s - self._now())
+        return result
+
+    def _run(self, plan: SlicePlan) -> SliceResult:
+        num_rows = len(plan.rows)
+        tokens = np.zeros((plan.steps, num_rows), np.int32)
+        counts, codes = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        for plan_row in plan.rows:
+            if plan_row.start is not None:
+                start = plan_row.start
+                last = start.made[-1] if start.made else int(start.prompt[-1])
+                length = start.prompt.size + len(start.made)
+                self._rows[plan_row.slot] = _Row(start, last, length)
+        step = 0
+        while step < plan.steps and int(np.sum(codes != Code.RUNNING)) < plan.quorum:
+            active = [b for b, row in enumerate(plan.rows) if self._active(row, int(counts[b]))]
+            if not active:
+                break
+            for b in active:
+                row = self._rows[plan.rows[b].slot]
+                tokens[step, b], codes[b] = self._step(row)
+                counts[b] += 1
+            step += 1
+        steps_run = max(step, 1)  # prompts alone are one step
+        seconds = self._profile.seconds(plan, steps_run) if self._profile else 1e-3 * steps_run
+        return SliceResult(
+            number=plan.number,
+            steps_run=steps_run,
+            tokens=tokens,
+            counts=counts,
+            codes=codes,
+            slice_s=seconds,
+            rows_run=num_rows,
+            prefill_run=plan.num_prefill_tokens,
+            logprobs=_even_logprobs(tokens, self._vocab_size),
+        )
+
+    def _active(self, plan_row: RowPlan, count: int) -> bool:
+        row = self._rows.get(plan_row.slot)
+        if row is None or row.done or count >= plan_row.steps:
+            return False
+        return row.length <= plan_row.cover
+
+    def _step(self, row: _Row) -> tuple[int, Code]:
+        params, made = row.start.params, row.length - row.start.prompt.size
+        eos = frozenset() if params.ignore_eos else self._eos
+        stops = eos | frozenset(params.stop_token_ids)
+        token = (row.token + 1) % self._vocab_size
+        while made < params.min_tokens and token in stops:
+            token = (token + 1) % self._vocab_size
+        row.token, row.length = token, row.length + 1
+        code = Code.RUNNING
+        if token in stops:
+            code = Code.STOP
+        elif row.length >= row.start.max_length:
+            code = Code.LENGTH
+        row.done = code is not Code.RUNNING
+        return token, code
+
+
+def _even_logprobs(tokens: np.ndarray, vocab_size: int) -> SliceLogprobs:
+    """As if every token were equally likely."""
+    even = np.float32(-np.log(vocab_size))
+    top_ids = np.broadcast_to(
+        np.arange(MAX_TOP_LOGPROBS, dtype=np.int32), (*tokens.shape, MAX_TOP_LOGPROBS)
+    )
+    top = np.full(top_ids.shape, even, np.float32)
+    return SliceLogprobs(np.full(tokens.shape, even, np.float32), top_ids, top)

@@ -1,0 +1,86 @@
+"""A request inside the engine, and the sequences (samples) it consists of."""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.request import Request
+from jaxserve.schedulers.pages import Lease
+
+
+class Phase(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"  # it has no lease and no slot
+    PREFILL = "prefill"  # its prompt is being run, chunk by chunk
+    DECODE = "decode"
+    EVICTING = "evicting"  # preempted; its last slice in flight is not parsed yet
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample while it runs. `made` are the output tokens the host knows.
+
+    `target` tokens (prompt, and what was made before a preemption) are to be prefilled; `computed`
+    of them are dispatched or cached. `ahead` is the most tokens that slices in flight may add.
+    """
+
+    job: "Job"
+    sample: int
+    seed: int
+    made: list[int] = field(default_factory=list)
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    lease: Lease | None = None
+    computed: int = 0
+    ahead: int = 0
+    last_slice: int = 0
+    started: bool = False  # the chunk that ends its prompt is dispatched
+    step_limit: int = 0  # 0: none; set while a partial stop string is pending
+
+    @property
+    def length(self) -> int:
+        """Prompt and output tokens the host knows."""
+        return self.job.request.prompt.size + len(self.made)
+
+    @property
+    def max_length(self) -> int:
+        return self.job.request.prompt.size + self.job.max_output
+
+    @property
+    def remaining(self) -> int:
+        """The most tokens it may still make beyond those the host knows."""
+        return self.max_length - self.length
+
+    def tokens(self) -> np.ndarray:
+        """Prompt and output so far, int32 [T]."""
+        made = np.asarray(self.made, np.int32)
+        return (
+            np.concatenate([self.job.request.prompt, made])
+            if made.size
+            else (self.job.request.prompt)
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """An accepted request. `sequences` are its unfinished samples, also while it waits.
+
+    `parent` prefills the shared prompt of several samples, in the slot of the first; they fork from
+    its lease. `announced` means that a token of it was delivered.
+    """
+
+    number: int
+    request: Request
+    max_output: int
+    sequences: list[Sequence] = field(default_factory=list)
+    parent: Sequence | None = None
+    cached_tokens: int = 0
+    announced: bool = False
+    running: bool = False
+
+    def rows(self) -> list[Sequence]:
+        """All its sequences, the parent too."""
+        return self.sequences if self.parent is None else [*self.sequences, self.parent]

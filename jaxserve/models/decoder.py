@@ -1,0 +1,191 @@
+"""The one decoder: a Llama-family transformer whose variants are values of `ModelConfig`.
+
+It knows nothing of pages, rows or slices: attention is a callable that the caller passes in, and
+the caller keeps the keys and values. Training, the mixed step and the decode loop share this code.
+
+Dimension key: D model width  F mlp width  H query heads  K kv heads  G = H / K  C channels per head
+V vocabulary; `...` stands for any leading axes (tokens, or batch and tokens).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxserve.models.config import ModelConfig, RopeConfig
+
+Attend = Callable[[int, Array, Array, Array], Array]
+"""attend(layer, q_...HC, k_...KC, v_...KC) -> out_...HC; the caller stores k and v as it likes."""
+
+
+class Projection(nnx.Module):
+    """A linear map from the last axis to `out_shape`; the weight is one [D, out] matrix.
+
+    The door for other weights: a quantised projection is another leaf with the same call.
+    """
+
+    def __init__(self, width_in: int, out_shape: tuple[int, ...], *, bias: bool, init: "Init"):
+        width_out = int(np.prod(out_shape))
+        self.kernel = nnx.Param(init((width_in, width_out)))
+        self.bias = nnx.Param(jnp.zeros((width_out,), init.dtype)) if bias else None
+        self.out_shape = out_shape
+
+    def __call__(self, x: Float[Array, "... D"]) -> Array:
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.reshape(*x.shape[:-1], *self.out_shape)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, *, eps: float, init: "Init"):
+        self.scale = nnx.Param(jnp.ones((width,), init.dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse).astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. One projection makes q, k and v, laid out per kv head.
+
+    The fused output is [K, G + 2, C]: G query heads, then their key, then their value, so that
+    sharding the K axis keeps a group together.
+    """
+
+    def __init__(self, config: ModelConfig, *, init: "Init"):
+        kv_heads, group, head_dim = config.num_kv_heads, config.group, config.head_dim
+        self.qkv = Projection(
+            config.width, (kv_heads, group + 2, head_dim), bias=config.qkv_bias, init=init
+        )
+        self.out = Projection(config.num_heads * head_dim, (config.width,), bias=False, init=init)
+        self.group = group
+
+    def __call__(
+        self,
+        x: Float[Array, "... D"],
+        rotation: tuple[Float[Array, "... C2"], Float[Array, "... C2"]],
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "... D"]:
+        qkv = self.qkv(x)
+        rotated = rotate(qkv[..., : self.group + 1, :], rotation)
+        q, k = rotated[..., : self.group, :], rotated[..., self.group, :]
+        q = q.reshape(*x.shape[:-1], -1, q.shape[-1])
+        out = attend(q, k, qkv[..., self.group + 1, :])
+        return self.out(out.reshape(*x.shape[:-1], -1))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020); gate and up are one projection [D, 2, F]."""
+
+    def __init__(self, config: ModelConfig, *, init: "Init"):
+        self.gate_up = Projection(config.width, (2, config.mlp_width), bias=False, init=init)
+        self.down = Projection(config.mlp_width, (config.width,), bias=False, init=init)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        gate_up = self.gate_up(x)
+        return self.down(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, *, init: "Init"):
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, init=init)
+        self.attention = Attention(config, init=init)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, init=init)
+        self.mlp = Mlp(config, init=init)
+
+    def __call__(self, x: Array, rotation: tuple[Array, Array], attend: Callable) -> Array:
+        x = x + self.attention(self.attention_norm(x), rotation, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Init:
+    """Makes weights when the decoder is built: random ones to train, or shapes to be filled."""
+
+    def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs | None = None, *, scale: float = 0.02):
+        self.dtype, self._rngs, self._scale = dtype, rngs, scale
+
+    def __call__(self, shape: tuple[int, ...]) -> Array:
+        if self._rngs is None:
+            return jnp.zeros(shape, self.dtype)
+        return self._scale * jax.random.normal(self._rngs.params(), shape, self.dtype)
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states to logits.
+
+    Source: Touvron et al. 2023 (Llama), with the variants of `ModelConfig`.
+    """
+
+    def __init__(self, config: ModelConfig, *, init: Init):
+        self.embedding = nnx.Param(init((config.vocab_size, config.width)))
+        self.layers = nnx.List([Layer(config, init=init) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, init=init)
+        self.head = (
+            None
+            if config.tied_embeddings
+            else Projection(config.width, (config.vocab_size,), bias=False, init=init)
+        )
+        self.config = config
+
+    def __call__(
+        self, tokens: Int[Array, "..."], positions: Int[Array, "..."], attend: Attend
+    ) -> Float[Array, "... D"]:
+        """Hidden states after the last norm; `positions` are absolute, in tokens."""
+        rotation = rope_rotation(positions, self.config.head_dim, self.config.rope)
+        x = self.embedding[...][tokens]
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotation, lambda q, k, v, number=number: attend(number, q, k, v))
+        return self.norm(x)
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits in float32."""
+        out = x @ self.embedding[...].T if self.head is None else self.head(x)
+        return out.astype(jnp.float32)
+
+
+def rope_frequencies(head_dim: int, rope: RopeConfig) -> np.ndarray:
+    """Angular frequency of each rotary pair, float64 [C / 2].
+
+    `llama3` stretches long wavelengths by `factor`, keeps short ones and blends between
+    (Hugging Face transformers, `_compute_llama3_parameters`).
+    """
+    frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.original_max_context * frequencies / (2 * np.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        return frequencies * (blend + (1 - blend) / rope.factor)
+    return frequencies
+
+
+def rope_rotation(
+    positions: Int[Array, "..."], head_dim: int, rope: RopeConfig
+) -> tuple[Float[Array, "... C2"], Float[Array, "... C2"]]:
+    """Cosine and sine of each position's angles, float32."""
+    frequencies = jnp.asarray(rope_frequencies(head_dim, rope), jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
+    """Rotate pairs (c, c + C/2) of x [..., K, heads, C] by each token's angles [..., C/2]."""
+    cos, sin = (part[..., None, None, :].astype(x.dtype) for part in rotation)
+    low, high = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def causal_attend(q: Array, k: Array, v: Array) -> Array:
+    """Full causal attention for training: q [B, T, H, C], k and v [B, T, K, C] -> [B, T, H, C]."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
