@@ -7,16 +7,10 @@ import math
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
+from jaxserve.schedulers import admission, order
 
-ORDERS = ("fcfs", "priority")
-ADMISSIONS = (
-    "slice_lease",
-    "reserve_max",
-    "reserve_remaining",
-    "reserve_prompt",
-    "ratio",
-    "peak",
-)
+ORDERS = tuple(order.ORDERS)
+ADMISSIONS = tuple(admission.ADMISSIONS)
 SLICINGS = ("adaptive", "fixed", "iteration", "sequence")
 PREFIX_SCOPES = ("client", "group", "all")
 EXECUTORS = ("jax", "paced", "mock")

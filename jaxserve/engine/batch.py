@@ -150,7 +150,7 @@ class Packer:
         rows[:num_rows] = self._records[slots]
         rows[num_rows:, FIELD["slot"]] = self._shape.max_rows  # out of range: dropped
         rows[num_rows:, FIELD["repetition"]] = _bits(1.0)
-        stop[:num_rows] = self._stop[slots]
+        stop[:num_rows], stop[num_rows:] = self._stop[slots], -1
         tables[:num_rows] = self._tables[slots]
         header[:] = (
             plan.steps,

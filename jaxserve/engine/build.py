@@ -5,7 +5,8 @@ from pathlib import Path
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
-from jaxserve.engine.core import CoreConfig, EngineCore, make_slicing
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.core_config import CoreConfig, make_slicing
 from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
 from jaxserve.engine.event_log import EventLog
 from jaxserve.engine.executor import Executor

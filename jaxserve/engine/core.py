@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.engine.core_config import CoreConfig, make_slicing
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
 from jaxserve.engine.sequence import Job, Phase, Sequence
@@ -20,33 +20,15 @@ from jaxserve.errors import BadRequest, JaxserveError, QueueFull
 from jaxserve.request import (
     Delta,
     FinishReason,
-    Limits,
     Request,
     TokenLogprob,
     check_request,
 )
 from jaxserve.schedulers.admission import ADMISSIONS, Candidate
-from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceShape
+from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
 from jaxserve.schedulers.order import ORDERS
 from jaxserve.schedulers.pages import PagePool
-from jaxserve.schedulers.slicing import Adaptive, Fixed, Slicing, WholeSequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoreConfig:
-    """What a core is built from: limits of the model, size of the pool, and the policies' names.
-
-    `tile` is the number of prompt tokens that step 0 rounds each chunk up to.
-    """
-
-    limits: Limits
-    model_key: str
-    num_pages: int
-    page_size: int
-    tile: int
-    scheduler: SchedulerConfig
-    prefix_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +50,6 @@ _REASONS = {
     Code.LENGTH: FinishReason.LENGTH,
     Code.ERROR: FinishReason.ERROR,
 }
-
-
-def make_slicing(scheduler: SchedulerConfig, limits: Limits) -> Slicing:
-    """The slicing that the configuration names."""
-    depth = 2 if scheduler.overlap else 1
-    match scheduler.slicing:
-        case "sequence":
-            return WholeSequence(limits.max_context)
-        case "iteration":
-            return Fixed(1, depth=depth)
-        case "fixed":
-            return Fixed(scheduler.slice_steps, depth=depth)
-        case _:
-            return Adaptive(
-                scheduler.slice_steps,
-                max_gap_s=scheduler.max_gap_ms / 1e3,
-                overlap=scheduler.overlap,
-                time=ServingTime(),
-            )
 
 
 class EngineCore:
@@ -297,7 +260,8 @@ class EngineCore:
             self._end(sequence, FinishReason.LENGTH, event=Finish, message=message)
 
     def preempt(self, job: Job) -> None:
-        """Take a running job's rows away; it waits again and is recomputed."""
+        """Take a running job's rows away at this slice boundary; it waits and is recomputed."""
+        assert job.running and all(row.phase is not Phase.EVICTING for row in job.rows()), job
         self.statistics_now.preemptions += 1
         flying = {flight.number for flight in self._in_flight}
         for sequence in job.rows():

@@ -18,7 +18,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.engine.core import CoreConfig, EngineCore
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan, SliceResult
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.request import FinishReason, Limits, Request, SamplingParams

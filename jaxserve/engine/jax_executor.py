@@ -18,7 +18,7 @@ from flax import nnx
 from jaxserve.engine.batch import BatchShape, Bucket, Packer
 from jaxserve.engine.plan import RowStart, SliceLogprobs, SlicePlan, SliceResult
 from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
-from jaxserve.kernels import paged_attention as pa
+from jaxserve.kernels.kv_pages import copy_pages, init_pages
 from jaxserve.kernels.sampling import PROMPT_FLAG
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, Init
@@ -100,7 +100,13 @@ class JaxExecutor:
         dense = (slots, config.vocab_size)
         return DeviceState(
             pages=[
-                pa.init_pages(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+                init_pages(
+                    num_pages,
+                    page_size=page_size,
+                    kv_heads=config.num_kv_heads,
+                    head_dim=config.head_dim,
+                    dtype=dtype,
+                )
                 for _ in range(config.num_layers)
             ],
             last_token_R=jnp.zeros(slots, jnp.int32),
@@ -194,7 +200,7 @@ class JaxExecutor:
         most = self._shape.max_rows
         for first in range(0, len(copies), most):
             some = copies[first : first + most]
-            ids = np.full((2, most), pa.num_pages(self._state.pages[0]), np.int32)
+            ids = np.full((2, most), self._state.pages[0].num_pages, np.int32)
             ids[:, : len(some)] = np.array(some, np.int32).T
             self._state = self._copy(self._state, *ids)
 
@@ -215,7 +221,7 @@ class JaxExecutor:
 
 
 def _copy_pages(state: DeviceState, source_N: jax.Array, target_N: jax.Array) -> DeviceState:
-    pages = [pa.copy_pages(layer, source_N, target_N) for layer in state.pages]
+    pages = [copy_pages(layer, source_N, target_N) for layer in state.pages]
     return _replace(state, pages=pages)
 
 

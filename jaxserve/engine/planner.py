@@ -6,26 +6,46 @@ then admissions, in the order's sequence and stopping at the first misfit.
 """
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
+from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
 from jaxserve.engine.sequence import Job, Phase, Sequence
-from jaxserve.schedulers.admission import Candidate, Memory, Running
+from jaxserve.engine.statistics import EngineStatistics
+from jaxserve.schedulers.admission import Admission, Candidate, Memory, Running
 from jaxserve.schedulers.events import Admit, Enact
-from jaxserve.schedulers.pages import Forked, Granted, OutOfPages
+from jaxserve.schedulers.order import Order
+from jaxserve.schedulers.pages import Forked, Granted, OutOfPages, PagePool
 from jaxserve.schedulers.prefix_tree import page_keys
-from jaxserve.schedulers.slicing import SliceLength, SlicingView
-
-if TYPE_CHECKING:
-    from jaxserve.engine.core import EngineCore
+from jaxserve.schedulers.slicing import SliceLength, Slicing, SlicingView
 
 Planned = tuple[SlicePlan, list[tuple[Sequence, int]], int]
+
+
+@runtime_checkable
+class Core(Protocol):
+    """What the planner sees of the engine core."""
+
+    config: CoreConfig
+    pool: PagePool
+    order: Order
+    admission: Admission
+    slicing: Slicing
+    jobs: dict[int, Job]
+    statistics_now: EngineStatistics
+
+    @property
+    def num_in_flight(self) -> int: ...
+
+    def preempt(self, job: Job) -> None: ...
+
+    def outgrown(self, job: Job) -> None: ...
 
 
 class Planner:
     """The planning half of `EngineCore`; it owns the row slots."""
 
-    def __init__(self, core: "EngineCore"):
+    def __init__(self, core: Core):
         self._core = core
         self._config = core.config
         self._pool = core.pool

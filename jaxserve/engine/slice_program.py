@@ -21,8 +21,9 @@ from jaxtyping import Array
 
 from jaxserve.engine.batch import DECODE, FIELD, IDLE, START, BatchShape, Bucket, split
 from jaxserve.engine.plan import Code
-from jaxserve.kernels import paged_attention as pa
 from jaxserve.kernels import sampling
+from jaxserve.kernels.kv_pages import KvPages, write_kv
+from jaxserve.kernels.paged_attention import paged_attention
 from jaxserve.models.decoder import Decoder
 
 
@@ -36,7 +37,7 @@ class DeviceState:
     the dense sampling extras (`counts_RV`: sampling.py says how; `bias_RV`: added to logits).
     """
 
-    pages: list
+    pages: list[KvPages]
     last_token_R: Array
     length_R: Array
     done_R: Array
@@ -58,7 +59,7 @@ class _Loop(NamedTuple):
     """What the decode loop carries."""
 
     step: Array
-    pages: list
+    pages: list[KvPages]
     counts_RV: Array
     token_B: Array
     length_B: Array
@@ -106,12 +107,17 @@ class SliceProgram:
         length_B = jnp.where(loop.active_B, loop.length_B, 0)
 
         def attend(layer: int, q_BHC: Array, k_BKC: Array, v_BKC: Array) -> Array:
-            pages[layer] = pa.write_kv(pages[layer], k_BKC, v_BKC, *write_at)
-            return pa.decode_attention(
-                q_BHC, pages[layer], rows.table_BP, length_B, backend=self.kernels
-            )
+            pages[layer] = write_kv(pages[layer], k_BKC, v_BKC, *write_at)
+            return self._attend_rows(q_BHC, pages[layer], rows, length_B)
 
         return pages, decoder(loop.token_B, position_B, attend)
+
+    def _attend_rows(self, q_BHC: Array, pages: KvPages, rows: "_Rows", length_B: Array) -> Array:
+        """One query per row, its newest token, over the `length_B` keys it has."""
+        out_B1HC = paged_attention(
+            q_BHC[:, None], pages, rows.table_BP, length_B, length_B - 1, backend=self.kernels
+        )
+        return out_B1HC[:, 0]
 
     def _mixed_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[list, Array]:
         pages, T = list(loop.pages), rows.tokens_T.size
@@ -123,20 +129,17 @@ class SliceProgram:
         length_B = jnp.where(decoding_B, loop.length_B, 0)
 
         def attend(layer: int, q_XHC: Array, k_XKC: Array, v_XKC: Array) -> Array:
-            pages[layer] = pa.write_kv(pages[layer], k_XKC, v_XKC, *write_at)
-            q_NQHC = q_XHC[:T].reshape(*rows.tiles_shape, *q_XHC.shape[1:])
-            prompt = pa.prefill_attention(
-                q_NQHC,
+            pages[layer] = write_kv(pages[layer], k_XKC, v_XKC, *write_at)
+            prompt_NQHC = paged_attention(
+                q_XHC[:T].reshape(*rows.tiles_shape, *q_XHC.shape[1:]),
                 pages[layer],
                 rows.table_BP[rows.tile_row_N],
+                rows.tile_start_N + rows.tile_valid_N,
                 rows.tile_start_N,
-                rows.tile_valid_N,
                 backend=self.kernels,
             )
-            decode = pa.decode_attention(
-                q_XHC[T:], pages[layer], rows.table_BP, length_B, backend=self.kernels
-            )
-            return jnp.concatenate([prompt.reshape(T, *decode.shape[1:]), decode])
+            decode_BHC = self._attend_rows(q_XHC[T:], pages[layer], rows, length_B)
+            return jnp.concatenate([prompt_NQHC.reshape(T, *q_XHC.shape[1:]), decode_BHC])
 
         hidden_XD = decoder(token_X, position_X, attend)
         return pages, hidden_XD[rows.sample_from_B]
@@ -182,16 +185,15 @@ class _Rows:
             tiles[:, 1],
             tiles[:, 2],
         )
-        lane_Q = jnp.arange(tokens.shape[1])
+        lane_1Q = jnp.arange(tokens.shape[1])[None, :]
         self.tokens_T = tokens.reshape(-1)
         self.row_T = jnp.repeat(self.tile_row_N, tokens.shape[1])
-        self.position_T = (self.tile_start_N[:, None] + lane_Q).reshape(-1)
-        self.valid_T = (lane_Q < self.tile_valid_N[:, None]).reshape(-1)
+        self.position_T = (self.tile_start_N[:, None] + lane_1Q).reshape(-1)
+        self.valid_T = (lane_1Q < self.tile_valid_N[:, None]).reshape(-1)
 
     def places(self, row_X: Array, position_X: Array, valid_X: Array) -> tuple[Array, Array]:
         """Page and slot of each token; an invalid one gets a page past the pool: dropped."""
-        page_size = pa.page_size(self.state.pages[0])
-        num_pages = pa.num_pages(self.state.pages[0])
+        page_size, num_pages = self.state.pages[0].page_size, self.state.pages[0].num_pages
         column_X = jnp.minimum(position_X // page_size, self.table_BP.shape[1] - 1)
         page_X = self.table_BP[row_X, column_X]
         return jnp.where(valid_X, page_X, num_pages), position_X % page_size

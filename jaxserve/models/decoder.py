@@ -36,7 +36,7 @@ class Projection(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Array:
         y = x @ self.kernel[...]
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + _along_last(self.bias[...], y)
         return y.reshape(*x.shape[:-1], *self.out_shape)
 
 
@@ -50,7 +50,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse).astype(x.dtype) * self.scale[...]
+        return (x32 * inverse).astype(x.dtype) * _along_last(self.scale[...], x)
 
 
 class Attention(nnx.Module):
@@ -175,7 +175,8 @@ def rope_rotation(
 ) -> tuple[Float[Array, "... C2"], Float[Array, "... C2"]]:
     """Cosine and sine of each position's angles, float32."""
     frequencies = jnp.asarray(rope_frequencies(head_dim, rope), jnp.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    position_1 = positions[..., None].astype(jnp.float32)
+    angles = position_1 * _along_last(frequencies, position_1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -184,6 +185,11 @@ def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     cos, sin = (part[..., None, None, :].astype(x.dtype) for part in rotation)
     low, high = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def _along_last(x_D: Array, like: Array) -> Array:
+    """Give a vector the rank of `like`, along its last axis."""
+    return x_D.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def causal_attend(q: Array, k: Array, v: Array) -> Array:

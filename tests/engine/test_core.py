@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.config import ADMISSIONS, SchedulerConfig
-from jaxserve.engine.core import CoreConfig, EngineCore
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.errors import BadRequest, QueueFull
 from jaxserve.request import Delta, FinishReason, Limits, Request, SamplingParams

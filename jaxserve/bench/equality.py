@@ -1,0 +1,204 @@
+"""Token equality in float32: the engine's tokens against a plain full-recompute loop, cell by cell.
+
+A cell is one way of running the same requests: slice length, batch, prefix cache warm or not,
+preempted or not, prompts whole or in chunks. Every cell must give every request the same tokens.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.core import EngineCore, sample_seed
+from jaxserve.engine.core_config import CoreConfig
+from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
+from jaxserve.engine.sequence import Phase
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.sources import load_model_config, load_weights, parse_source
+from jaxserve.request import Limits, Request, SamplingParams
+from jaxserve.schedulers.prefix_tree import page_keys
+from jaxserve.testing import FullRecompute
+
+TILE = 32
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One way of running the requests. `steps` 0 stands for the adaptive slice length."""
+
+    steps: int
+    rows: int
+    prefix_hit: bool
+    preempted: bool
+    chunked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Requests, and the cells to run them in."""
+
+    model: str
+    num_prompts: int
+    max_tokens: int
+    steps: Sequence[int]
+    rows: Sequence[int]
+
+    def cells(self) -> Iterator[Cell]:
+        flags = (False, True)
+        for values in itertools.product(self.steps, self.rows, flags, flags, flags):
+            yield Cell(*values)
+
+
+class EqualityCheck:
+    """Compiles one executor and runs every cell on it."""
+
+    def __init__(self, grid: Grid, *, seed: int = 0, kernels: str = "auto"):
+        self._grid = grid
+        source = parse_source(grid.model)
+        self._config = load_model_config(source)
+        weights = load_weights(source, self._config, dtype="float32", seed=seed)
+        self._requests = make_requests(self._config, grid, seed=seed)
+        longest = max(request.prompt.size for request in self._requests) + grid.max_tokens
+        self._pages_per_row = -(-longest // PAGE_SIZE)
+        most_rows, most_steps = max(grid.rows), max(*grid.steps, 1)
+        self._chunk_tokens = {False: 8 * TILE, True: TILE}
+        self._shape = BatchShape(
+            tile=TILE,
+            table_pages=self._pages_per_row,
+            step_buffer=most_steps,
+            max_rows=most_rows,
+        )
+        self._num_pages = (most_rows + 8) * self._pages_per_row
+        self._executor = JaxExecutor(
+            self._config,
+            weights,
+            shape=self._shape,
+            buckets=make_buckets(most_rows, self._chunk_tokens[False] // TILE),
+            num_pages=self._num_pages,
+            page_size=PAGE_SIZE,
+            kernels=kernels,
+            dtype="float32",
+        )
+        self._executor.compile_all(lambda _: None, threads=2)
+        self.expected = FullRecompute(self._config, weights, length=longest).generate(
+            [request.prompt for request in self._requests],
+            [request.params for request in self._requests],
+            [sample_seed(request.params.seed or 0, 0) for request in self._requests],
+        )
+
+    def run(self, cell: Cell) -> int:
+        """Run one cell; returns the tokens compared. Raises AssertionError naming the first fault.
+
+        A prefix hit means that all requests ran before and their pages are still cached.
+        """
+        core = EngineCore(self._core_config(cell))
+        if cell.prefix_hit:
+            self._generate(core, replace(cell, preempted=False))
+        made = self._generate(core, cell)
+        for request, wanted in zip(self._requests, self.expected, strict=True):
+            got = made[request.request_id]
+            if got != wanted:
+                place = next(
+                    (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b),
+                    min(len(got), len(wanted)),
+                )
+                raise AssertionError(
+                    f"{cell}: {request.request_id} differs at output token {place}:"
+                    f" got {got[place : place + 3]}, wanted {wanted[place : place + 3]}"
+                )
+        core.pool.check()
+        return sum(len(tokens) for tokens in self.expected)
+
+    def run_all(self, progress: Callable[[str], None]) -> tuple[int, int]:
+        """Run the whole grid; returns (cells, tokens compared)."""
+        cells = list(self._grid.cells())
+        tokens, started_s = 0, time.monotonic()
+        for done, cell in enumerate(cells, 1):
+            tokens += self.run(cell)
+            seconds = time.monotonic() - started_s
+            progress(f"{done}/{len(cells)} cells equal, {tokens} tokens, {seconds:.0f} s: {cell}")
+        return len(cells), tokens
+
+    def _core_config(self, cell: Cell) -> CoreConfig:
+        slicing = "fixed" if cell.steps else "adaptive"
+        config = self._config
+        return CoreConfig(
+            limits=Limits(
+                vocab_size=config.vocab_size, max_context=config.max_context, max_samples=1
+            ),
+            model_key=config.name,
+            num_pages=self._num_pages,
+            page_size=PAGE_SIZE,
+            tile=TILE,
+            scheduler=SchedulerConfig(
+                slicing=slicing,
+                slice_steps=cell.steps or self._shape.step_buffer,
+                max_rows=cell.rows,
+                max_prefill_tokens=self._chunk_tokens[cell.chunked],
+                queue_timeout_s=0,
+            ),
+        )
+
+    def _generate(self, core: EngineCore, cell: Cell) -> dict[str, list[int]]:
+        made: dict[str, list[int]] = {request.request_id: [] for request in self._requests}
+        rng, flights = np.random.default_rng(1), []
+        for request in self._requests:
+            core.submit(request, time.monotonic())
+        while not core.idle:
+            plan = core.next_slice(time.monotonic())
+            if plan is not None:
+                flights.append(self._executor.dispatch(plan))
+                continue
+            core.complete(self._executor.wait(flights.pop(0)), time.monotonic())
+            for delta in core.take_deltas():
+                made[delta.request_id] += delta.tokens
+            if cell.preempted and rng.random() < 0.1:
+                preempt_someone(core, rng)
+        return made
+
+
+def preempt_someone(core: EngineCore, rng: np.random.Generator) -> None:
+    """Take the rows of a random running request away, as a shortage of pages would."""
+    jobs = [core.jobs[number] for number in core.order.running()]
+    able = [job for job in jobs if all(row.phase is not Phase.EVICTING for row in job.rows())]
+    if able:
+        core.preempt(able[int(rng.integers(len(able)))])
+
+
+def make_requests(config: ModelConfig, grid: Grid, *, seed: int) -> list[Request]:
+    """Random prompts, greedy and sampled in turn, some sharing a prefix, all of forced length."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, config.vocab_size, 3 * PAGE_SIZE)
+    kinds = (
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.4, "min_p": 0.01},
+    )
+    requests = []
+    for number in range(grid.num_prompts):
+        prompt = rng.integers(0, config.vocab_size, rng.integers(1, 120))
+        if number % 3 == 0:
+            prompt = np.concatenate([shared, prompt])
+        prompt = prompt.astype(np.int32)
+        keys = page_keys(prompt, page_size=PAGE_SIZE, scope="all", model=config.name)
+        requests.append(
+            Request(
+                request_id=f"request-{number}",
+                prompt=prompt,
+                params=SamplingParams(
+                    max_tokens=grid.max_tokens,
+                    ignore_eos=True,
+                    seed=int(rng.integers(0, 2**62)),
+                    **kinds[number % len(kinds)],
+                ),
+                page_keys=tuple(keys),
+                scope="all",
+            )
+        )
+    return requests

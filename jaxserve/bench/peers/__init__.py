@@ -1,0 +1,1 @@
+"""Other engines on the workload that jaxserve is measured with. Nothing here imports JAX."""

@@ -1,0 +1,102 @@
+"""Starts peers as processes of their own Python, pinned to cores, and collects their results.
+
+Knows no engine: a peer is a module and its arguments. The peers' packages are heavy and not
+jaxserve's, so they live in another virtual environment; this package is put on its path.
+"""
+
+import os
+import subprocess
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import jaxserve
+from jaxserve.bench.peers.protocol import Result, parse
+from jaxserve.errors import ConfigError
+
+REQUIREMENTS: Final = {  # module -> what pip calls it
+    "torch": "torch==2.13.0",
+    "transformers": "transformers==5.23.*",
+    "accelerate": "accelerate",
+    "llama_cpp": "llama-cpp-python==0.3.36",
+    "gguf": "gguf",
+    "safetensors": "safetensors",
+}
+
+PEERS: Final[dict[str, tuple[str, ...]]] = {
+    "llama.cpp": ("llama_cpp_peer",),
+    "transformers static": ("transformers_peer", "--batching=static"),
+    "transformers continuous": ("transformers_peer", "--batching=continuous"),
+}
+"""Name -> module of this package and the arguments that make it this peer."""
+
+_SOURCE_ROOT: Final = Path(jaxserve.__file__).parents[1]
+_PACKAGE: Final = __package__ or "jaxserve.bench.peers"
+
+
+class PeerFailed(Exception):
+    """A peer's process ended with an error; the message holds its last lines."""
+
+
+def require_modules(python: str) -> None:
+    """Raises ConfigError naming what to install where `python` lacks a peer's package."""
+    probe = (
+        "import importlib.util as u, sys;"
+        "print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
+    )
+    try:
+        answer = subprocess.run(
+            [python, "-c", probe, *REQUIREMENTS], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"peers_python: got {python!r}, which does not run: {error}") from error
+    missing = [REQUIREMENTS[module] for module in answer.stdout.split()]
+    if missing:
+        quoted = " ".join(f"'{name}'" for name in missing)
+        raise ConfigError(
+            f"peers_python: {python} lacks packages; try: {python} -m pip install {quoted}"
+        )
+
+
+def write_model(python: str, *, shape: str, directory: Path) -> None:
+    """Writes the random model `shape` for all peers (`weights.py`), in the peers' Python."""
+    for _ in _lines(python, ["weights", f"--shape={shape}", f"--out={directory}"], cores=()):
+        pass
+
+
+def run_peer(
+    python: str, name: str, arguments: Sequence[str], *, cores: Collection[int]
+) -> Iterator[Result]:
+    """Yields a peer's results as it prints them. Raises PeerFailed when it ends with an error."""
+    module, *fixed = PEERS[name]
+    for line in _lines(python, [module, *fixed, *arguments], cores=cores):
+        result = parse(line)
+        if result is not None:
+            yield result
+
+
+def _lines(python: str, command: Sequence[str], *, cores: Collection[int]) -> Iterator[str]:
+    def pin() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    module, *arguments = command
+    last_lines: deque[str] = deque(maxlen=15)
+    with subprocess.Popen(
+        [python, "-m", f"{_PACKAGE}.{module}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(_SOURCE_ROOT)},
+        preexec_fn=pin,  # before the engine's libraries count the cores they may use
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last_lines.append(line)
+            yield line
+    if process.returncode:
+        raise PeerFailed(
+            f"{module} {' '.join(arguments)} ended with status {process.returncode}:\n"
+            + "".join(last_lines)
+        )

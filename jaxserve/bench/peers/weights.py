@@ -1,0 +1,180 @@
+"""Random weights that every engine can load: by Hugging Face names, as safetensors and as GGUF.
+
+Each tensor is drawn from its own generator, seeded by its name, so that a loader may draw them in
+any order, or only some of them. Knows file formats, no engine; numpy at import, and `safetensors`
+and `gguf` only where a file is written, since jaxserve does not depend on them.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import SHAPES, ModelConfig
+
+INIT_STD: Final = 0.02
+GGUF_NAME: Final = "model.gguf"
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, projections as [out, in], in the order HF stores them."""
+    width, mlp = config.width, config.mlp_width
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, out_width in (("q", q_width), ("k", kv_width), ("v", kv_width)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (out_width, width)
+            if config.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (out_width,)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (width, q_width)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = (mlp, width)
+        shapes[f"{prefix}mlp.up_proj.weight"] = (mlp, width)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (width, mlp)
+        shapes[f"{prefix}input_layernorm.weight"] = (width,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (width,)
+    shapes["model.norm.weight"] = (width,)
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
+def hf_tensor(name: str, shape: tuple[int, ...], *, seed: int) -> np.ndarray:
+    """One tensor in float32: ones for norms, zeros for biases, N(0, 0.02) for the rest."""
+    if name.endswith("norm.weight"):
+        return np.ones(shape, np.float32)
+    if name.endswith(".bias"):
+        return np.zeros(shape, np.float32)
+    rng = np.random.default_rng([seed, *name.encode()])
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(INIT_STD)
+
+
+def hf_state_dict(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """All weights of a random model, float32, by their Hugging Face names."""
+    return {name: hf_tensor(name, shape, seed=seed) for name, shape in hf_shapes(config).items()}
+
+
+def write_hf(config: ModelConfig, weights: dict[str, np.ndarray], directory: Path) -> None:
+    """Writes config.json and model.safetensors, which `transformers` loads as a Llama."""
+    from safetensors.numpy import save_file  # pyright: ignore[reportMissingImports]
+
+    _require_plain_llama(config)
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+_GGUF_NAMES: Final = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GGUF_OUTER_NAMES: Final = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def gguf_tensor(name: str, weight: np.ndarray, *, config: ModelConfig) -> tuple[str, np.ndarray]:
+    """GGUF's name and layout of a Hugging Face tensor.
+
+    llama.cpp rotates neighbouring channels (0, 1), (2, 3), ... where Hugging Face rotates channel i
+    with i + C/2, so the rows of q and k are interleaved within each head.
+    """
+    if name in _GGUF_OUTER_NAMES:
+        return _GGUF_OUTER_NAMES[name], weight
+    _, _, layer, inner = name.split(".", 3)
+    stem = inner.removesuffix(".weight")
+    heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
+    if stem in heads:
+        halves = weight.reshape(heads[stem], 2, config.head_dim // 2, config.width)
+        weight = halves.swapaxes(1, 2).reshape(weight.shape)
+    return f"blk.{layer}.{_GGUF_NAMES[stem]}.weight", np.ascontiguousarray(weight)
+
+
+def write_gguf(config: ModelConfig, weights: dict[str, np.ndarray], path: Path) -> None:
+    """Writes the weights in float32 for llama.cpp's `llama` architecture, without a tokenizer."""
+    from gguf import GGUFWriter, LlamaFileType  # pyright: ignore[reportMissingImports]
+
+    _require_plain_llama(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = GGUFWriter(path, "llama")
+    writer.add_name(config.name)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_context)
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_tokenizer_model("none")
+    for name, weight in weights.items():
+        writer.add_tensor(*gguf_tensor(name, weight, config=config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _require_plain_llama(config: ModelConfig) -> None:
+    if config.rope.scaling != "none" or config.qkv_bias:
+        raise ConfigError(
+            f"{config.name}: got rope scaling {config.rope.scaling!r} and qkv_bias"
+            f" {config.qkv_bias}; the peers' files are written for plain Llama shapes only,"
+            " such as llama-14m"
+        )
+
+
+def main() -> None:
+    """Writes one random model for all peers."""
+    parser = argparse.ArgumentParser(description="write a random model as safetensors and GGUF")
+    parser.add_argument("--shape", choices=tuple(SHAPES), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    config = SHAPES[options.shape]
+    weights = hf_state_dict(config, options.seed)
+    write_hf(config, weights, options.out)
+    write_gguf(config, weights, options.out / GGUF_NAME)
+
+
+if __name__ == "__main__":
+    main()

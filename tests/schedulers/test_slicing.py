@@ -1,0 +1,103 @@
+"""How long: when a slice is long, when it is short, and what bounds it."""
+
+import pytest
+
+from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceShape
+from jaxserve.schedulers.slicing import Adaptive, Fixed, SlicingView, WholeSequence
+
+STEP_S, ROW_S, FIXED_S = 5e-3, 1e-4, 5e-4
+
+
+def seconds(shape: SliceShape) -> float:
+    return FIXED_S + shape.steps * (STEP_S + ROW_S * shape.rows)
+
+
+def view(rows: int, *, now_s: float = 0.0, remaining: int = 500, **changes) -> SlicingView:
+    fields = dict(
+        now_s=now_s,
+        remaining=[remaining] * rows,
+        context_tokens=100 * rows,
+        prefill_tokens=0,
+        backlog=False,
+        cut_prompts=False,
+    )
+    return SlicingView(**{**fields, **changes})
+
+
+def learned(*, max_gap_s: float = 0.0, overlap: bool = True, hazard: float = 0.01) -> Adaptive:
+    slicing = Adaptive(64, max_gap_s=max_gap_s, overlap=overlap, time=ServingTime())
+    for i in range(300):
+        shape = SliceShape(1 + i % 16, 1 + (7 * i) % 64, 1000 * (i % 13), 32 * (i % 5))
+        finished = round(hazard * shape.steps * shape.rows)
+        slicing.ran(shape, slice_s=seconds(shape), host_s=2e-3, finished=finished)
+    return slicing
+
+
+def test_nothing_waits_and_nobody_comes_so_slices_are_long() -> None:
+    choice = learned().choose(view(32))
+    assert choice.steps == 64 and choice.depth == 2
+
+
+def test_a_backlog_makes_slices_short_and_gives_them_a_quorum() -> None:
+    slicing = learned()
+    idle, busy = slicing.choose(view(32)), slicing.choose(view(32, backlog=True))
+    assert busy.steps < idle.steps
+    assert 1 <= busy.quorum < 32
+
+
+def test_frequent_arrivals_make_slices_short() -> None:
+    slicing = learned()
+    for i in range(200):
+        slicing.arrived(i * 0.02)
+    assert slicing.choose(view(32, now_s=4.0)).steps < 32
+    # and long again once they stop
+    assert slicing.choose(view(32, now_s=1e6)).steps == 64
+
+
+def test_cut_prompts_ask_for_the_next_slice_at_once() -> None:
+    assert learned().choose(view(8, cut_prompts=True)).steps == 1
+
+
+def test_dearer_hosts_ask_for_longer_slices() -> None:
+    cheap, dear = learned(overlap=False), learned(overlap=False)
+    for _ in range(100):
+        shape = SliceShape(8, 32, 0, 0)
+        dear.ran(shape, slice_s=seconds(shape), host_s=50e-3, finished=2)
+        cheap.ran(shape, slice_s=seconds(shape), host_s=1e-3, finished=2)
+    waiting = view(32, backlog=True)
+    assert dear.choose(waiting).steps > cheap.choose(waiting).steps
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_gap_bounds_what_is_in_flight(overlap: bool) -> None:
+    slicing = learned(max_gap_s=0.1, overlap=overlap)
+    choice = slicing.choose(view(32))
+    predicted = seconds(SliceShape(choice.steps, 32, 0, 0)) * choice.depth
+    assert predicted <= 0.1 * 1.05
+    assert choice.steps > 1
+
+
+def test_no_slice_is_longer_than_its_longest_row() -> None:
+    assert learned().choose(view(4, remaining=3)).steps == 3
+
+
+def test_fixed_and_sequence_do_not_look() -> None:
+    assert Fixed(16, depth=2).choose(view(3)).steps == 16
+    whole = WholeSequence(512)
+    assert whole.choose(view(3, remaining=77)).steps == 77
+    assert not whole.admits_while_running
+
+
+def test_serving_time_learns_its_own_form() -> None:
+    time = ServingTime()
+    shapes = [
+        SliceShape(1 + i % 16, 1 + (5 * i) % 64, 500 * (i % 17), 32 * (i % 7)) for i in range(400)
+    ]
+
+    def truth(shape: SliceShape) -> float:
+        return seconds(shape) + 2e-7 * shape.attended_tokens + 1e-4 * shape.prefill_tokens
+
+    for shape in shapes:
+        time.observe(shape, truth(shape))
+    unseen = SliceShape(32, 48, 40_000, 96)
+    assert time.predict_s(unseen) == pytest.approx(truth(unseen), rel=0.02)
