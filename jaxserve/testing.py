@@ -34,7 +34,7 @@ class FullRecompute:
         def forward(state: nnx.State, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
             decoder = nnx.merge(graphdef, state)
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-            hidden_BTD = decoder(tokens_BT, position_BT, lambda _, q, k, v: causal_attend(q, k, v))
+            hidden_BTD, _ = decoder(tokens_BT, position_BT, causal_attend, None)
             return decoder.logits(hidden_BTD[jnp.arange(len(last_B)), last_B])
 
         self._forward = jax.jit(forward)
@@ -88,8 +88,8 @@ class FullRecompute:
 
 
 def _pack(params: Sequence[SamplingParams], seeds: Sequence[int]) -> sampling.RowParams:
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(each, name) for each in params], dtype)
+    def column(name: str, dtype: Any) -> jax.Array:
+        return jnp.array([getattr(each, name) for each in params], dtype)
 
     stop = np.full((len(params), MAX_STOP_TOKEN_IDS), -1, np.int32)
     for row, each in zip(stop, params, strict=True):
@@ -102,8 +102,8 @@ def _pack(params: Sequence[SamplingParams], seeds: Sequence[int]) -> sampling.Ro
         repetition_B=column("repetition_penalty", np.float32),
         presence_B=column("presence_penalty", np.float32),
         frequency_B=column("frequency_penalty", np.float32),
-        seed_B=np.array(seeds, np.uint32),
+        seed_B=jnp.array(seeds, jnp.uint32),
         min_tokens_B=column("min_tokens", np.int32),
         ignore_eos_B=column("ignore_eos", np.bool_),
-        stop_ids_BE=stop,
+        stop_ids_BE=jnp.array(stop),
     )

@@ -1,1 +1,1 @@
-
+"""Measuring jaxserve: against itself, against its promises, against others."""

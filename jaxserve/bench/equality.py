@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -174,7 +175,7 @@ def make_requests(config: ModelConfig, grid: Grid, *, seed: int) -> list[Request
     """Random prompts, greedy and sampled in turn, some sharing a prefix, all of forced length."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, config.vocab_size, 3 * PAGE_SIZE)
-    kinds = (
+    kinds: tuple[dict[str, Any], ...] = (
         {"temperature": 0.0},
         {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
         {"temperature": 1.0},

@@ -84,6 +84,12 @@ class EngineCore:
         and QueueFull when the bounded queue has no place.
         """
         check_request(request, self.config.limits)
+        if request.params.prompt_logprobs is not None:
+            raise BadRequest(
+                "prompt_logprobs",
+                request.params.prompt_logprobs,
+                "absent: this version computes log-probabilities of output tokens only",
+            )
         if request.request_id in self._number_of:
             raise BadRequest("request_id", request.request_id, "an id that is not in use")
         room = self.config.limits.max_context - request.prompt.size

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxserve.engine.batch import BatchShape, Bucket, Packer
 from jaxserve.engine.plan import RowStart, SliceLogprobs, SlicePlan, SliceResult
 from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
+from jaxserve.kernels.backend import resolve
 from jaxserve.kernels.kv_pages import copy_pages, init_pages
 from jaxserve.kernels.sampling import PROMPT_FLAG
 from jaxserve.models.config import ModelConfig
@@ -87,11 +88,21 @@ class JaxExecutor:
         self._config, self._shape, self.buckets = config, shape, buckets
         self._packer = Packer(shape, buckets)
         self._program = {
-            bucket: SliceProgram(graphdef, treedef, bucket, shape, config.eos_token_ids, kernels)
+            bucket: SliceProgram(
+                decoder_def=graphdef,
+                treedef=treedef,
+                bucket=bucket,
+                shape=shape,
+                eos_token_ids=config.eos_token_ids,
+                num_layers=config.num_layers,
+                loop_layers=resolve(kernels) == "cpu",
+                kernels=kernels,
+            )
             for bucket in buckets
         }
         self._compiled: dict[Bucket, Any] = {}
         self._state = self._initial_state(num_pages, page_size, jnp.dtype(dtype))
+        self._num_pages = num_pages
         self._dirty = np.zeros(shape.max_rows, bool)
         self._ready_s = 0.0
 
@@ -99,16 +110,13 @@ class JaxExecutor:
         config, slots = self._config, self._shape.max_rows
         dense = (slots, config.vocab_size)
         return DeviceState(
-            pages=[
-                init_pages(
-                    num_pages,
-                    page_size=page_size,
-                    kv_heads=config.num_kv_heads,
-                    head_dim=config.head_dim,
-                    dtype=dtype,
-                )
-                for _ in range(config.num_layers)
-            ],
+            pages=init_pages(
+                num_pages * config.num_layers,
+                page_size=page_size,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                dtype=dtype,
+            ),
             last_token_R=jnp.zeros(slots, jnp.int32),
             length_R=jnp.ones(slots, jnp.int32),
             done_R=jnp.zeros(slots, bool),
@@ -147,7 +155,8 @@ class JaxExecutor:
         self._compiled[bucket] = program.lower(self._weights, self._state, buffer).compile()
 
     def _compile_copy(self) -> None:
-        ids = jax.ShapeDtypeStruct((self._shape.max_rows,), jnp.int32)
+        num_ids = self._shape.max_rows * self._config.num_layers
+        ids = jax.ShapeDtypeStruct((num_ids,), jnp.int32)
         self._copy = jax.jit(_copy_pages, donate_argnums=0).lower(self._state, ids, ids).compile()
 
     def _compile_extras(self) -> None:
@@ -197,12 +206,13 @@ class JaxExecutor:
         )
 
     def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
-        most = self._shape.max_rows
+        most, total = self._shape.max_rows, self._state.pages.num_pages
+        first_page = np.arange(0, total, self._num_pages, dtype=np.int32)  # of each layer
         for first in range(0, len(copies), most):
-            some = copies[first : first + most]
-            ids = np.full((2, most), self._state.pages[0].num_pages, np.int32)
-            ids[:, : len(some)] = np.array(some, np.int32).T
-            self._state = self._copy(self._state, *ids)
+            some = np.array(copies[first : first + most], np.int32).T
+            ids = np.full((2, most, first_page.size), total, np.int32)
+            ids[:, : some.shape[1]] = some[:, :, None] + first_page
+            self._state = self._copy(self._state, *ids.reshape(2, -1))
 
     def _prepare_extras(self, slot: int, start: RowStart) -> None:
         """Give the slot its bias and counts, or clear those of the row that had it before."""
@@ -221,8 +231,7 @@ class JaxExecutor:
 
 
 def _copy_pages(state: DeviceState, source_N: jax.Array, target_N: jax.Array) -> DeviceState:
-    pages = [copy_pages(layer, source_N, target_N) for layer in state.pages]
-    return _replace(state, pages=pages)
+    return _replace(state, pages=copy_pages(state.pages, source_N, target_N))
 
 
 def _set_extras(

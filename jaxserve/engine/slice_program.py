@@ -11,7 +11,7 @@ n stop ids  N likeliest tokens reported
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,13 @@ from jaxserve.models.decoder import Decoder
 class DeviceState:
     """Everything that outlives a slice on the device; donated to each program and replaced.
 
-    `pages` holds each layer's keys and values; per slot: the newest token (its key and value are
-    not in the pages yet), the number of prompt and output tokens, whether the row has ended, and
-    the dense sampling extras (`counts_RV`: sampling.py says how; `bias_RV`: added to logits).
+    `pages` holds the keys and values of all layers, page p of layer l at l * N + p. Per slot: the
+    newest token (its key and value are not in the pages yet), the number of prompt and output
+    tokens, whether the row has ended, and the dense sampling extras (`counts_RV`: sampling.py says
+    how; `bias_RV`: added to logits).
     """
 
-    pages: list[KvPages]
+    pages: KvPages
     last_token_R: Array
     length_R: Array
     done_R: Array
@@ -59,7 +60,7 @@ class _Loop(NamedTuple):
     """What the decode loop carries."""
 
     step: Array
-    pages: list[KvPages]
+    pages: KvPages
     counts_RV: Array
     token_B: Array
     length_B: Array
@@ -78,10 +79,12 @@ class SliceProgram:
     """The function of one bucket. `eos_token_ids` stop every row that does not ignore them."""
 
     decoder_def: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any  # of the weights
     bucket: Bucket
     shape: BatchShape
     eos_token_ids: tuple[int, ...]
+    num_layers: int
+    loop_layers: bool
     kernels: str
 
     def __call__(
@@ -101,48 +104,56 @@ class SliceProgram:
         loop = lax.while_loop(rows.goes_on, body, loop)
         return rows.state_after(loop, state), rows.output(loop)
 
-    def _decode_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[list, Array]:
-        pages, position_B = list(loop.pages), loop.length_B - 1
-        write_at = rows.places(rows.row_B, position_B, loop.active_B)
+    def _decode_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[KvPages, Array]:
+        position_B = loop.length_B - 1
+        write_at = rows.places(rows.row_B, position_B)
         length_B = jnp.where(loop.active_B, loop.length_B, 0)
 
-        def attend(layer: int, q_BHC: Array, k_BKC: Array, v_BKC: Array) -> Array:
-            pages[layer] = write_kv(pages[layer], k_BKC, v_BKC, *write_at)
-            return self._attend_rows(q_BHC, pages[layer], rows, length_B)
+        def attend(
+            layer: Array, q_BHC: Array, k_BKC: Array, v_BKC: Array, pages: KvPages
+        ) -> tuple[Array, KvPages]:
+            pages = rows.write(pages, layer, k_BKC, v_BKC, write_at, loop.active_B)
+            return self._attend_rows(q_BHC, pages, rows.table(layer), length_B), pages
 
-        return pages, decoder(loop.token_B, position_B, attend)
-
-    def _attend_rows(self, q_BHC: Array, pages: KvPages, rows: "_Rows", length_B: Array) -> Array:
-        """One query per row, its newest token, over the `length_B` keys it has."""
-        out_B1HC = paged_attention(
-            q_BHC[:, None], pages, rows.table_BP, length_B, length_B - 1, backend=self.kernels
+        hidden_BD, pages = decoder(
+            loop.token_B, position_B, attend, loop.pages, loop=self.loop_layers
         )
-        return out_B1HC[:, 0]
+        return pages, hidden_BD
 
-    def _mixed_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[list, Array]:
-        pages, T = list(loop.pages), rows.tokens_T.size
+    def _mixed_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[KvPages, Array]:
+        T = rows.tokens_T.size
         token_X = jnp.concatenate([rows.tokens_T, loop.token_B])
         position_X = jnp.concatenate([rows.position_T, loop.length_B - 1])
         decoding_B = loop.active_B & (rows.kind_B == DECODE)
-        row_X = jnp.concatenate([rows.row_T, rows.row_B])
-        write_at = rows.places(row_X, position_X, jnp.concatenate([rows.valid_T, decoding_B]))
+        write_at = rows.places(jnp.concatenate([rows.row_T, rows.row_B]), position_X)
+        valid_X = jnp.concatenate([rows.valid_T, decoding_B])
         length_B = jnp.where(decoding_B, loop.length_B, 0)
 
-        def attend(layer: int, q_XHC: Array, k_XKC: Array, v_XKC: Array) -> Array:
-            pages[layer] = write_kv(pages[layer], k_XKC, v_XKC, *write_at)
+        def attend(
+            layer: Array, q_XHC: Array, k_XKC: Array, v_XKC: Array, pages: KvPages
+        ) -> tuple[Array, KvPages]:
+            pages = rows.write(pages, layer, k_XKC, v_XKC, write_at, valid_X)
+            table_BP = rows.table(layer)
             prompt_NQHC = paged_attention(
                 q_XHC[:T].reshape(*rows.tiles_shape, *q_XHC.shape[1:]),
-                pages[layer],
-                rows.table_BP[rows.tile_row_N],
+                pages,
+                table_BP[rows.tile_row_N],
                 rows.tile_start_N + rows.tile_valid_N,
                 rows.tile_start_N,
                 backend=self.kernels,
             )
-            decode_BHC = self._attend_rows(q_XHC[T:], pages[layer], rows, length_B)
-            return jnp.concatenate([prompt_NQHC.reshape(T, *q_XHC.shape[1:]), decode_BHC])
+            decode_BHC = self._attend_rows(q_XHC[T:], pages, table_BP, length_B)
+            return jnp.concatenate([prompt_NQHC.reshape(T, *q_XHC.shape[1:]), decode_BHC]), pages
 
-        hidden_XD = decoder(token_X, position_X, attend)
+        hidden_XD, pages = decoder(token_X, position_X, attend, loop.pages, loop=self.loop_layers)
         return pages, hidden_XD[rows.sample_from_B]
+
+    def _attend_rows(self, q_BHC: Array, pages: KvPages, table_BP: Array, length_B: Array) -> Array:
+        """One query per row, its newest token, over the `length_B` keys it has."""
+        out_B1HC = paged_attention(
+            q_BHC[:, None], pages, table_BP, length_B, length_B - 1, backend=self.kernels
+        )
+        return out_B1HC[:, 0]
 
 
 class _Rows:
@@ -152,6 +163,7 @@ class _Rows:
         bucket, shape = program.bucket, program.shape
         header, record, stop, table, tiles, tokens = split(buffer, bucket, shape)
         self.program, self.state = program, state
+        self.layer_pages = state.pages.num_pages // program.num_layers
         self.steps, self.quorum = header[0], header[1]
         self.any_extras, self.want_logprobs = header[2] > 0, header[3] > 0
         self.table_BP = table
@@ -191,17 +203,33 @@ class _Rows:
         self.position_T = (self.tile_start_N[:, None] + lane_1Q).reshape(-1)
         self.valid_T = (lane_1Q < self.tile_valid_N[:, None]).reshape(-1)
 
-    def places(self, row_X: Array, position_X: Array, valid_X: Array) -> tuple[Array, Array]:
-        """Page and slot of each token; an invalid one gets a page past the pool: dropped."""
-        page_size, num_pages = self.state.pages[0].page_size, self.state.pages[0].num_pages
+    def places(self, row_X: Array, position_X: Array) -> tuple[Array, Array]:
+        """Page (of a layer) and slot of each token."""
+        page_size = self.state.pages.page_size
         column_X = jnp.minimum(position_X // page_size, self.table_BP.shape[1] - 1)
-        page_X = self.table_BP[row_X, column_X]
-        return jnp.where(valid_X, page_X, num_pages), position_X % page_size
+        return self.table_BP[row_X, column_X], position_X % page_size
+
+    def table(self, layer: Array | int) -> Array:
+        """The page tables in the pool of all layers."""
+        return self.table_BP + layer * self.layer_pages
+
+    def write(
+        self,
+        pages: KvPages,
+        layer: Array | int,
+        k_XKC: Array,
+        v_XKC: Array,
+        places: tuple[Array, Array],
+        valid_X: Array,
+    ) -> KvPages:
+        """Store a layer's keys and values; invalid tokens get a page past the pool: dropped."""
+        page_X = jnp.where(valid_X, places[0] + layer * self.layer_pages, pages.num_pages)
+        return write_kv(pages, k_XKC, v_XKC, page_X, places[1])
 
     def first(self, state: DeviceState) -> _Loop:
         """Rows as the slice finds them: from device state, or from the plan if they start."""
         starts_B, decodes_B = self.kind_B == START, self.kind_B == DECODE
-        take = {"mode": "clip"}
+        take: dict[str, Any] = {"mode": "clip"}
         length_B = jnp.where(
             starts_B, self.start_length_B, state.length_R.at[self.slot_B].get(**take)
         )

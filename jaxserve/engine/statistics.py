@@ -45,8 +45,8 @@ class EngineStatistics:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float):
-                flat[field.name] = value
+                flat[field.name] = float(value)
             elif value is not None:
                 for name, number in dataclasses.asdict(value).items():
-                    flat[f"{field.name}_{name}"] = number
+                    flat[f"{field.name}_{name}"] = float(number)
         return flat

@@ -1,24 +1,33 @@
 """The one decoder: a Llama-family transformer whose variants are values of `ModelConfig`.
 
-It knows nothing of pages, rows or slices: attention is a callable that the caller passes in, and
-the caller keeps the keys and values. Training, the mixed step and the decode loop share this code.
+It knows nothing of pages, rows or slices: attention is a callable that the caller passes in, with a
+memory of keys and values that is handed through. Training, the mixed step and the decode loop share
+this code.
+
+The layers run unrolled, or in a loop that picks each layer's weights by `lax.switch`. The loop
+traces and compiles attention once instead of once per layer: on a CPU, where each attention is a
+native kernel to compile, a slice program of 8 layers compiles in a quarter of the time and runs as
+fast (measured, jax 0.10.2). Weights stacked for `lax.scan` would be copied at every layer there.
 
 Dimension key: D model width  F mlp width  H query heads  K kv heads  G = H / K  C channels per head
 V vocabulary; `...` stands for any leading axes (tokens, or batch and tokens).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig, RopeConfig
 
-Attend = Callable[[int, Array, Array, Array], Array]
-"""attend(layer, q_...HC, k_...KC, v_...KC) -> out_...HC; the caller stores k and v as it likes."""
+Attend = Callable[[Any, Array, Array, Array, Any], tuple[Array, Any]]
+"""attend(layer, q_...HC, k_...KC, v_...KC, memory) -> (out_...HC, memory). `layer` is an int, or a
+traced int32 when the layers run in a loop; `memory` is a pytree of the caller's."""
 
 
 class Projection(nnx.Module):
@@ -68,18 +77,14 @@ class Attention(nnx.Module):
         self.out = Projection(config.num_heads * head_dim, (config.width,), bias=False, init=init)
         self.group = group
 
-    def __call__(
-        self,
-        x: Float[Array, "... D"],
-        rotation: tuple[Float[Array, "... C2"], Float[Array, "... C2"]],
-        attend: Callable[[Array, Array, Array], Array],
-    ) -> Float[Array, "... D"]:
+    def project(
+        self, x: Float[Array, "... D"], rotation: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """Rotated queries [..., H, C] and keys [..., K, C], and values [..., K, C]."""
         qkv = self.qkv(x)
         rotated = rotate(qkv[..., : self.group + 1, :], rotation)
         q, k = rotated[..., : self.group, :], rotated[..., self.group, :]
-        q = q.reshape(*x.shape[:-1], -1, q.shape[-1])
-        out = attend(q, k, qkv[..., self.group + 1, :])
-        return self.out(out.reshape(*x.shape[:-1], -1))
+        return q.reshape(*x.shape[:-1], -1, q.shape[-1]), k, qkv[..., self.group + 1, :]
 
 
 class Mlp(nnx.Module):
@@ -103,8 +108,15 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, init=init)
         self.mlp = Mlp(config, init=init)
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array], attend: Callable) -> Array:
-        x = x + self.attention(self.attention_norm(x), rotation, attend)
+    def before_attention(
+        self, x: Float[Array, "... D"], rotation: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        return self.attention.project(self.attention_norm(x), rotation)
+
+    def after_attention(
+        self, x: Float[Array, "... D"], attended: Float[Array, "... H C"]
+    ) -> Float[Array, "... D"]:
+        x = x + self.attention.out(attended.reshape(*x.shape[:-1], -1))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -138,19 +150,51 @@ class Decoder(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Int[Array, "..."], positions: Int[Array, "..."], attend: Attend
-    ) -> Float[Array, "... D"]:
-        """Hidden states after the last norm; `positions` are absolute, in tokens."""
+        self,
+        tokens: Int[Array, "..."],
+        positions: Int[Array, "..."],
+        attend: Attend,
+        memory: Any,
+        *,
+        loop: bool = False,
+    ) -> tuple[Float[Array, "... D"], Any]:
+        """Hidden states after the last norm, and the memory as attention left it.
+
+        `positions` are absolute, in tokens. `loop` runs the layers in a loop.
+        """
         rotation = rope_rotation(positions, self.config.head_dim, self.config.rope)
         x = self.embedding[...][tokens]
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rotation, lambda q, k, v, number=number: attend(number, q, k, v))
-        return self.norm(x)
+        run = _run_looped if loop else _run_unrolled
+        x, memory = run(list(self.layers), x, rotation, attend, memory)
+        return self.norm(x), memory
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""
         out = x @ self.embedding[...].T if self.head is None else self.head(x)
         return out.astype(jnp.float32)
+
+
+def _run_unrolled(
+    layers: Sequence[Layer], x: Array, rotation: tuple[Array, Array], attend: Attend, memory: Any
+) -> tuple[Array, Any]:
+    for number, layer in enumerate(layers):
+        attended, memory = attend(number, *layer.before_attention(x, rotation), memory)
+        x = layer.after_attention(x, attended)
+    return x, memory
+
+
+def _run_looped(
+    layers: Sequence[Layer], x: Array, rotation: tuple[Array, Array], attend: Attend, memory: Any
+) -> tuple[Array, Any]:
+    before = [lambda x, layer=layer: layer.before_attention(x, rotation) for layer in layers]
+    after = [lambda x, out, layer=layer: layer.after_attention(x, out) for layer in layers]
+
+    def one(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        x, memory = carry
+        attended, memory = attend(number, *lax.switch(number, before, x), memory)
+        return lax.switch(number, after, x, attended), memory
+
+    return lax.fori_loop(0, len(layers), one, (x, memory))
 
 
 def rope_frequencies(head_dim: int, rope: RopeConfig) -> np.ndarray:
@@ -192,6 +236,6 @@ def _along_last(x_D: Array, like: Array) -> Array:
     return x_D.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def causal_attend(q: Array, k: Array, v: Array) -> Array:
-    """Full causal attention for training: q [B, T, H, C], k and v [B, T, K, C] -> [B, T, H, C]."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+def causal_attend(layer: Any, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
+    """An `Attend` without memory: full causal attention, q [B, T, H, C], k and v [B, T, K, C]."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True), memory

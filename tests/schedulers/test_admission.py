@@ -94,9 +94,7 @@ def test_slice_lease_counts_two_slices_ahead_for_everyone() -> None:
     new = candidate(8, output=100, page_size=8)  # its page, and 2 more ahead
     exact = memory(total=6, available=5, page_size=8, steps=8)
     assert SliceLease().admits(new, running, exact)
-    assert not SliceLease().admits(
-        new, running, memory(total=6, available=4, page_size=8, steps=8)
-    )
+    assert not SliceLease().admits(new, running, memory(total=6, available=4, page_size=8, steps=8))
 
 
 def test_samples_share_whole_prompt_pages_only() -> None:

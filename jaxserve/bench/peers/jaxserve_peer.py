@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -84,12 +85,15 @@ async def run_once(
     client: AsyncClient, requests: tuple[Request, ...], mode: str, meter: Meter
 ) -> None:
     """All requests at once; the server's queue keeps what is beyond its rows."""
-    sampled = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P}
-    how = sampled if mode == "sampled" else {"temperature": 0.0}
+    sampling = (
+        SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P)
+        if mode == "sampled"
+        else SamplingParams(temperature=0.0)
+    )
 
     async def one(request: Request, seed: int) -> None:
         made = 0
-        params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True, seed=seed, **how)
+        params = replace(sampling, max_tokens=request.output_tokens, ignore_eos=True, seed=seed)
         async for chunk in client.generate(request.prompt_ids, sampling=params):
             made += len(chunk.token_ids)
             meter.add(len(chunk.token_ids))

@@ -29,8 +29,8 @@ class Lengths:
         return np.clip(np.rint(drawn), self.low, self.high).astype(np.int64)
 
 
-PROMPT: Final = Lengths(median=74, sigma=0.8, low=8, high=512)
-OUTPUT: Final = Lengths(median=90, sigma=0.8, low=8, high=512)
+PROMPT: Final = Lengths(median=74.0, sigma=0.8, low=8, high=512)
+OUTPUT: Final = Lengths(median=90.0, sigma=0.8, low=8, high=512)
 
 
 @dataclass(frozen=True, slots=True)

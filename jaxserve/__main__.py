@@ -1,0 +1,7 @@
+"""`python -m jaxserve` is the console script `jaxserve`."""
+
+import sys
+
+from jaxserve.launch import main
+
+sys.exit(main())

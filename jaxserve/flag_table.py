@@ -1,0 +1,176 @@
+"""The table of all command-line flags: name, the field it sets, one line of help. Parses nothing.
+
+Type and default are the field's own, so that a default is written once, in the configuration
+records, and every flag has a reader by construction. A command's flags are a tuple of groups.
+"""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from jaxserve.config import (
+    ADMISSIONS,
+    EXECUTORS,
+    ORDERS,
+    PREFIX_SCOPES,
+    SLICINGS,
+    EngineConfig,
+)
+from jaxserve.request import SamplingParams
+from jaxserve.server_config import LOG_LEVELS, GenerateConfig, LogConfig, ServerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag. `path` is the field of `record` it sets, dotted where records nest.
+
+    `make_default` is for a default that depends on the user, which a record cannot know.
+    """
+
+    name: str
+    record: type
+    path: str
+    help: str
+    choices: tuple[str, ...] = ()
+    make_default: Callable[[], Any] | None = None
+
+    @property
+    def kind(self) -> Any:
+        """The field's annotation, for example `int` or `int | None`."""
+        owner: Any = self.record
+        for part in self.path.split("."):
+            owner = typing.get_type_hints(owner)[part]
+        return owner
+
+    @property
+    def default(self) -> Any:
+        if self.make_default is not None:
+            return self.make_default()
+        owner: Any = self.record
+        for part in self.path.split("."):
+            field = next(field for field in dataclasses.fields(owner) if field.name == part)
+            owner = field.default
+        return owner
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    title: str
+    flags: tuple[Flag, ...]
+
+
+def user_cache_dir() -> str:
+    """$XDG_CACHE_HOME/jaxserve, or ~/.cache/jaxserve."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(home) / "jaxserve")
+
+
+def _engine(name: str, path: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, EngineConfig, path, text, choices)
+
+
+def _order(name: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, EngineConfig, f"scheduler.{name}", text, choices)
+
+
+def _sampling(name: str, text: str) -> Flag:
+    return Flag(name, SamplingParams, name, text)
+
+
+MODEL: Final = Group(
+    "model",
+    (
+        _engine("model", "model", "demo, random:<shape> or orbax:<directory>"),
+        _engine("dtype", "dtype", "of weights and activations: auto, float32 or bfloat16"),
+        _engine("kernels", "kernels", "backend of the array operations; auto picks by device"),
+        _engine("executor", "executor", "what runs a slice", EXECUTORS),
+        _engine("profile", "profile", "serving-time profile, a JSON file (for --executor=paced)"),
+        Flag(
+            "compilation_cache",
+            EngineConfig,
+            "compilation_cache",
+            "compiled programs, kept for the next start; empty: not kept",
+            make_default=user_cache_dir,
+        ),
+    ),
+)
+BASE_SEED: Final = Group(
+    "randomness", (_engine("seed", "seed", "base of every request's random numbers"),)
+)
+MEMORY: Final = Group(
+    "memory",
+    (
+        _engine("page_size", "cache.page_size", "tokens a KV page holds"),
+        _engine("num_pages", "cache.num_pages", "KV pages; unset: as memory allows"),
+        _engine("kv_memory_fraction", "cache.memory_fraction", "of free memory, for KV pages"),
+        _engine("prefix_cache", "cache.prefix_cache", "keep finished prompts' pages for reuse"),
+        _engine("prefix_scope", "cache.prefix_scope", "who shares prefixes", PREFIX_SCOPES),
+    ),
+)
+SCHEDULING: Final = Group(
+    "scheduling",
+    (
+        _order("order", "who is next", ORDERS),
+        _order("admission", "who fits", ADMISSIONS),
+        _order("slicing", "how long a slice runs", SLICINGS),
+        _order("slice_steps", "steps of a fixed slice, most steps of an adaptive one"),
+        _order("max_rows", "most sequences that run at once"),
+        _order("max_prefill_tokens", "most prompt tokens a slice takes in"),
+        _order("max_gap_ms", "most time between a stream's messages; 0: unbounded"),
+        _order("watermark_pages", "pages that admission leaves free"),
+        _order("max_waiting", "most requests in the queue"),
+        _order("max_waiting_tokens", "most prompt tokens in the queue"),
+        _order("queue_timeout_s", "longest wait in the queue; 0: unbounded"),
+        _order("overlap", "dispatch the next slice before the last is read"),
+    ),
+)
+SERVER: Final = Group(
+    "server",
+    (
+        Flag("host", ServerConfig, "host", "address to bind"),
+        Flag("port", ServerConfig, "port", "TCP port; 0: any free one"),
+        Flag("drain_s", ServerConfig, "drain_s", "time to finish after the first signal"),
+        Flag("max_message_mb", ServerConfig, "max_message_mb", "largest message taken or sent"),
+    ),
+)
+LOG_LEVEL: Final = Flag("log_level", LogConfig, "log_level", "least level shown", LOG_LEVELS)
+LOGGING: Final = Group(
+    "logging",
+    (
+        LOG_LEVEL,
+        Flag("request_log", LogConfig, "request_log", "one JSON line per request; empty: none"),
+        _engine("event_log", "event_log", "the engine's events, for replay; empty: none"),
+    ),
+)
+PROMPT: Final = Group(
+    "prompt",
+    (
+        Flag("prompt", GenerateConfig, "prompt", 'text to continue; "-" reads stdin'),
+        Flag("token_ids", GenerateConfig, "token_ids", "the prompt as ids, such as 5,17,3"),
+        Flag("server", GenerateConfig, "server", "host:port; empty: run the engine right here"),
+        Flag("timeout_s", GenerateConfig, "timeout_s", "longest time for the whole answer"),
+        LOG_LEVEL,
+    ),
+)
+SAMPLING: Final = Group(
+    "sampling",
+    (
+        _sampling("max_tokens", "most tokens to make; unset: up to the model's context"),
+        _sampling("min_tokens", "tokens before anything may stop the text"),
+        _sampling("temperature", "0: always the likeliest token"),
+        _sampling("top_k", "draw among the k likeliest tokens; 0: off"),
+        _sampling("top_p", "draw among the likeliest tokens of this mass; 1: off"),
+        _sampling("min_p", "least probability beside the likeliest token's; 0: off"),
+        _sampling("repetition_penalty", "divides logits of tokens seen; 1: off"),
+        _sampling("presence_penalty", "taken from logits of tokens made; 0: off"),
+        _sampling("frequency_penalty", "taken per occurrence; 0: off"),
+        _sampling("seed", "of this text; unset: drawn"),
+        _sampling("stop", "string that ends the text; repeatable"),
+        _sampling("include_stop", "print the stop string as well"),
+        _sampling("ignore_eos", "go on after the model's end of sequence"),
+    ),
+)

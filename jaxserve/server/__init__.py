@@ -1,0 +1,1 @@
+"""The server: front end, engine process, and what starts and supervises them."""

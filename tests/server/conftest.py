@@ -1,0 +1,251 @@
+"""A real front end before a scripted replica: sockets and protocol are the product's own."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxserve.client import AsyncClient
+from jaxserve.config import CacheConfig
+from jaxserve.proto import jaxserve_v1_pb2 as pb
+from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
+from jaxserve.server.frontend import FrontendServer, start_frontend
+from jaxserve.server.link import ReplicaLink
+from jaxserve.server.request_log import RequestLog
+from jaxserve.server.tokenizer import Tokenizer
+from jaxserve.server_config import ServerConfig
+
+EOS = 0
+TEXT = (
+    "It was the best of times, it was the wörst of times. Ünïcödé: 你好世界 🙂🙃 ROMEO: stop it! "
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loop_runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all tests: gRPC's poller is bound to the first it meets."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def` tests on that loop, each for at most 20 s."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    test = pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names})
+    pyfuncitem.funcargs["loop_runner"].run(asyncio.wait_for(test, 20))
+    return True
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of some 320 tokens; id 0 is the special <eos>."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 3, trainer)
+    return Tokenizer(backend)
+
+
+Script = Callable[[pb.Submit, "FakeReplica"], Awaitable[None]]
+
+
+@dataclass
+class FakeReplica(pb_grpc.ReplicaServicer):
+    """A replica that does what the test says. `script` runs for every Submit."""
+
+    path: Path
+    script: Script | None = None
+    vocab_size: int = 400
+    max_context: int = 512
+    submits: list[pb.Submit] = field(default_factory=list)
+    commands: asyncio.Queue[pb.EngineCommand] = field(default_factory=asyncio.Queue)
+    num_connections: int = 0
+
+    def __post_init__(self) -> None:
+        self._reports: asyncio.Queue[pb.EngineReport] | None = None
+        self._unseen: asyncio.Queue[pb.Submit] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def target(self) -> str:
+        return f"unix:{self.path}"
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        pb_grpc.add_ReplicaServicer_to_server(self, self._server)
+        self._server.add_insecure_port(self.target)
+        await self._server.start()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._server.stop(None)
+
+    async def next_submit(self) -> pb.Submit:
+        return await asyncio.wait_for(self._unseen.get(), 5)
+
+    async def next_command(self, kind: str) -> pb.EngineCommand:
+        """The next command that is no Submit, which must be of this kind."""
+        command = await asyncio.wait_for(self.commands.get(), 5)
+        assert command.WhichOneof("command") == kind, command
+        return command
+
+    def report(self, *deltas: pb.RowDelta, rejected: Sequence[pb.Rejected] = ()) -> None:
+        assert self._reports is not None
+        self._reports.put_nowait(pb.EngineReport(dispatch=1, deltas=deltas, rejected=rejected))
+
+    def delta(self, submit: pb.Submit, ids: Sequence[int] = (), **fields: object) -> pb.RowDelta:
+        return pb.RowDelta(
+            request_id=submit.request_id, attempt=submit.attempt, token_ids=ids, **fields
+        )
+
+    def send(self, submit: pb.Submit, ids: Sequence[int] = (), **fields: object) -> None:
+        self.report(self.delta(submit, ids, **fields))
+
+    # ---------------------------------------------------------------- the Replica service
+
+    async def Exchange(self, commands, context):
+        self.num_connections += 1
+        self._reports = asyncio.Queue()
+        reader = asyncio.create_task(self._read(commands))
+        try:
+            while True:
+                yield await self._reports.get()
+        finally:
+            reader.cancel()
+
+    async def _read(self, commands) -> None:
+        async for command in commands:
+            if command.WhichOneof("command") == "submit":
+                self.submits.append(command.submit)
+                self._unseen.put_nowait(command.submit)
+                if self.script is not None:
+                    task = asyncio.create_task(self.script(command.submit, self))
+                    self._tasks.add(task)
+            else:
+                self.commands.put_nowait(command)
+
+    async def Describe(self, request, context):
+        model = pb.GetModelInfoResponse(
+            model="tiny", vocab_size=self.vocab_size, max_context=self.max_context, num_layers=2
+        )
+        server = pb.GetServerInfoResponse(platform="cpu", page_size=8, kv_pages=64)
+        return pb.DescribeResponse(replica="replica-0", model=model, server=server, max_samples=4)
+
+    async def GetStatistics(self, request, context):
+        return pb.ReplicaStatistics(replica="replica-0", values={"running": 3.0}, engine_restarts=2)
+
+    async def GetLoads(self, request, context):
+        for received in range(3):
+            yield pb.LoadReport(replica="replica-0", dispatches_received=received)
+
+    async def SubscribeKvEvents(self, request, context):
+        if request.after_sequence > 100:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "after_sequence: too new")
+        stored = pb.KvStored(keys=[b"k" * 16])
+        events = [pb.KvEvent(sequence=request.after_sequence + 1, stored=stored)]
+        yield pb.KvEventBatch(replica="replica-0", first_sequence=1, events=events)
+
+
+@dataclass
+class Served:
+    """What a test holds: the server, its replica, its log, and a client."""
+
+    frontend: FrontendServer
+    replica: FakeReplica
+    link: ReplicaLink
+    client: AsyncClient
+    channel: grpc.aio.Channel
+    log_path: Path
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.frontend.port}"
+
+    def log_lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, tokenizer: Tokenizer):
+    """`async with serve(...) as served`: a front end and its replica, ready."""
+
+    @asynccontextmanager
+    async def serving(
+        *,
+        script: Script | None = None,
+        with_tokenizer: bool = True,
+        cache: CacheConfig | None = None,
+        max_message_mb: float = 0.25,
+    ) -> AsyncIterator[Served]:
+        log_path = tmp_path / "requests.jsonl"
+        replica = FakeReplica(tmp_path / "replica.sock", script)
+        link = ReplicaLink(replica.target)
+        async with AsyncExitStack() as stack:
+            await replica.start()
+            stack.push_async_callback(replica.stop)
+            link.start()
+            stack.push_async_callback(link.close)
+            frontend = await start_frontend(
+                ServerConfig(port=0, max_message_mb=max_message_mb),
+                link,
+                tokenizer if with_tokenizer else None,
+                cache=cache or CacheConfig(),
+                configuration={"model": "tiny"},
+                request_log=RequestLog(stack.enter_context(log_path.open("a"))),
+            )
+            stack.push_async_callback(frontend.stop)
+            await link.wait_ready(5)
+            target = f"127.0.0.1:{frontend.port}"
+            client = await stack.enter_async_context(AsyncClient(target))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(target))
+            yield Served(frontend, replica, link, client, channel, log_path)
+
+    return serving
+
+
+def answer_with(ids: Sequence[int], *, slice_tokens: int = 4, **last: object) -> Script:
+    """A script that answers every sample with `ids`, a slice at a time, ending by LENGTH."""
+
+    async def script(submit: pb.Submit, replica: FakeReplica) -> None:
+        for start in range(0, len(ids), slice_tokens):
+            part = ids[start : start + slice_tokens]
+            end: dict = {}
+            if start + slice_tokens >= len(ids):
+                end = {"finish": pb.FINISH_REASON_LENGTH, **last}
+            replica.report(
+                *(
+                    replica.delta(submit, part, sample=sample, **end)
+                    for sample in range(submit.sampling.n)
+                )
+            )
+            await asyncio.sleep(0)
+
+    return script
+
+
+@pytest.fixture
+def answer() -> Callable[..., Script]:
+    return answer_with
+
+
+def prompt_of(submit: pb.Submit) -> list[int]:
+    return np.frombuffer(submit.prompt, "<i4").tolist()
