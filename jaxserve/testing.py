@@ -31,7 +31,7 @@ class FullRecompute:
         nnx.replace_by_pure_dict(state, weights)
         self._config, self._length, self._state = config, length, state
 
-        def forward(state: nnx.State, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+        def forward(state: Any, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
             decoder = nnx.merge(graphdef, state)
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
             hidden_BTD, _ = decoder(tokens_BT, position_BT, causal_attend, None)

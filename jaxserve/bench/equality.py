@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.batch import BatchShape, Bucket
 from jaxserve.engine.core import EngineCore, sample_seed
 from jaxserve.engine.core_config import CoreConfig
-from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
+from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.sequence import Phase
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sources import load_model_config, load_weights, parse_source
@@ -79,7 +79,7 @@ class EqualityCheck:
             self._config,
             weights,
             shape=self._shape,
-            buckets=make_buckets(most_rows, self._chunk_tokens[False] // TILE),
+            buckets=few_buckets(grid.rows, self._chunk_tokens[False] // TILE),
             num_pages=self._num_pages,
             page_size=PAGE_SIZE,
             kernels=kernels,
@@ -141,7 +141,7 @@ class EqualityCheck:
                 slice_steps=cell.steps or self._shape.step_buffer,
                 max_rows=cell.rows,
                 max_prefill_tokens=self._chunk_tokens[cell.chunked],
-                queue_timeout_s=0,
+                queue_timeout_s=0.0,
             ),
         )
 
@@ -161,6 +161,11 @@ class EqualityCheck:
             if cell.preempted and rng.random() < 0.1:
                 preempt_someone(core, rng)
         return made
+
+
+def few_buckets(rows: Sequence[int], max_tiles: int) -> tuple[Bucket, ...]:
+    """A decode program for each batch, one mixed program: enough, and soon compiled."""
+    return (*(Bucket(each, 0) for each in sorted(rows)), Bucket(max(rows), max_tiles))
 
 
 def preempt_someone(core: EngineCore, rng: np.random.Generator) -> None:

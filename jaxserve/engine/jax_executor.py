@@ -231,22 +231,16 @@ class JaxExecutor:
 
 
 def _copy_pages(state: DeviceState, source_N: jax.Array, target_N: jax.Array) -> DeviceState:
-    return _replace(state, pages=copy_pages(state.pages, source_N, target_N))
+    return state._replace(pages=copy_pages(state.pages, source_N, target_N))
 
 
 def _set_extras(
     state: DeviceState, slot: jax.Array, counts_V: jax.Array, bias_V: jax.Array
 ) -> DeviceState:
-    return _replace(
-        state,
+    return state._replace(
         counts_RV=state.counts_RV.at[slot].set(counts_V),
         bias_RV=state.bias_RV.at[slot].set(bias_V),
     )
-
-
-def _replace(state: DeviceState, **changes: Any) -> DeviceState:
-    fields = {name: getattr(state, name) for name in DeviceState.__dataclass_fields__}
-    return DeviceState(**{**fields, **changes})
 
 
 def _read_logprobs(ticket: _Ticket, steps_run: int, place: np.ndarray) -> SliceLogprobs:

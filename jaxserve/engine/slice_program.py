@@ -27,9 +27,7 @@ from jaxserve.kernels.paged_attention import paged_attention
 from jaxserve.models.decoder import Decoder
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class DeviceState:
+class DeviceState(NamedTuple):
     """Everything that outlives a slice on the device; donated to each program and replaced.
 
     `pages` holds the keys and values of all layers, page p of layer l at l * N + p. Per slot: the
@@ -259,6 +257,7 @@ class _Rows:
     def after(self, raw_BV: Array, loop: _Loop, state: DeviceState) -> _Loop:
         """Draw a token for each active row from its logits, and see whether the row goes on."""
         active_B, output_B = loop.active_B, loop.length_B - self.prompt_length_B
+        one_B = active_B.astype(jnp.int32)
         x_BV = lax.cond(
             self.any_extras,
             lambda: sampling.apply_extras(
@@ -273,14 +272,14 @@ class _Rows:
         drawn_B, finite_B = sampling.sample(x_BV, self.params, loop.length_B, active_B)
         logprobs = sampling.token_logprobs(raw_BV, drawn_B, self.want_logprobs)
         stops_B = sampling.is_stop(drawn_B, self.params, self.eos_ids)
-        length_B = loop.length_B + active_B
+        length_B = loop.length_B + one_B
         code_B = jnp.select(
             [~finite_B, stops_B, length_B >= self.max_length_B],
             [jnp.int32(Code.ERROR), jnp.int32(Code.STOP), jnp.int32(Code.LENGTH)],
             jnp.int32(Code.RUNNING),
         )
         code_B = jnp.where(active_B, code_B, loop.code_B)
-        left_B = loop.left_B - active_B
+        left_B = loop.left_B - one_B
         goes_on_B = (code_B == Code.RUNNING) & (left_B > 0) & (length_B <= self.cover_B)
         kept_B = active_B & finite_B
         place = (loop.step, 0)
@@ -294,7 +293,7 @@ class _Rows:
             left_B=left_B,
             code_B=code_B,
             active_B=active_B & goes_on_B,
-            made_B=loop.made_B + kept_B,
+            made_B=loop.made_B + kept_B.astype(jnp.int32),
             tokens_SB=lax.dynamic_update_slice(loop.tokens_SB, drawn_B[None], place),
             logprob_SB=lax.dynamic_update_slice(loop.logprob_SB, logprobs[0][None], place),
             top_ids_SBN=lax.dynamic_update_slice(loop.top_ids_SBN, logprobs[1][None], (*place, 0)),
@@ -309,13 +308,12 @@ class _Rows:
         ended_B = (loop.code_B != Code.RUNNING) | (
             state.done_R.at[self.slot_B].get(mode="clip") & (self.kind_B == DECODE)
         )
-        return DeviceState(
+        return state._replace(
             pages=loop.pages,
             last_token_R=state.last_token_R.at[slot_B].set(loop.token_B, mode="drop"),
             length_R=state.length_R.at[slot_B].set(loop.length_B, mode="drop"),
             done_R=state.done_R.at[slot_B].set(ended_B, mode="drop"),
             counts_RV=loop.counts_RV,
-            bias_RV=state.bias_RV,
         )
 
     def output(self, loop: _Loop) -> SliceOutput:

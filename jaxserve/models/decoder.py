@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig, RopeConfig
@@ -123,7 +124,7 @@ class Layer(nnx.Module):
 class Init:
     """Makes weights when the decoder is built: random ones to train, or shapes to be filled."""
 
-    def __init__(self, dtype: jnp.dtype, rngs: nnx.Rngs | None = None, *, scale: float = 0.02):
+    def __init__(self, dtype: DTypeLike, rngs: nnx.Rngs | None = None, *, scale: float = 0.02):
         self.dtype, self._rngs, self._scale = dtype, rngs, scale
 
     def __call__(self, shape: tuple[int, ...]) -> Array:

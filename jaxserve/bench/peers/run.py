@@ -31,6 +31,8 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Name -> module of this package and the arguments that make it this peer."""
 
+QUIET_LOAD: Final = 0.5
+
 _SOURCE_ROOT: Final = Path(jaxserve.__file__).parents[1]
 _PACKAGE: Final = __package__ or "jaxserve.bench.peers"
 
@@ -57,6 +59,18 @@ def require_modules(python: str) -> None:
         raise ConfigError(
             f"peers_python: {python} lacks packages; try: {python} -m pip install {quoted}"
         )
+
+
+def busy_warning() -> str | None:
+    """A line to print where other work runs here, which no ratio survives.
+
+    Engines that wait by spinning (OpenMP: llama.cpp, torch) lose most: one thread put off its core
+    holds up the other at every barrier, so noise flatters whoever does not spin.
+    """
+    load = os.getloadavg()[0]
+    if load < QUIET_LOAD:
+        return None
+    return f"load average {load:.1f}: other work runs here, so rates and ratios mean little"
 
 
 def write_model(python: str, *, shape: str, directory: Path) -> None:

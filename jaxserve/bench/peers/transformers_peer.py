@@ -41,8 +41,8 @@ from jaxserve.bench.peers.workload import (
 
 STATIC_ROWS: Final = 16
 PAGE_TOKENS: Final = 32
-BATCH_TOKENS: Final = 256
-"""Query tokens per continuous step; see `serve_continuous`."""
+BATCH_TOKENS: Final = 96
+"""Query tokens per continuous step; best of 96, 128, 256 and 512 here. See `serve_continuous`."""
 
 
 def generation_config(mode: str, *, max_new_tokens: int) -> GenerationConfig:
