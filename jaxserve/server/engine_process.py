@@ -157,6 +157,8 @@ async def _serve(
         )
     )
     exit_code = await ended
+    # grpc logs the cancellation of the streams that it is told to cancel here as an error of ours.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     await server.stop(grace=None)
     driver.stop()
     return exit_code
