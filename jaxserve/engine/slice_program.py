@@ -269,8 +269,8 @@ class _Rows:
             lambda: raw_BV,
         )
         x_BV = sampling.ban_stop_ids(x_BV, output_B, self.params, self.eos_ids)
-        drawn_B, finite_B = sampling.sample(x_BV, self.params, loop.length_B, active_B)
-        logprobs = sampling.token_logprobs(raw_BV, drawn_B, self.want_logprobs)
+        drawn_B, finite_B = _sample(x_BV, self.params, loop.length_B, active_B)
+        logprobs = _token_logprobs(raw_BV, drawn_B, self.want_logprobs)
         stops_B = sampling.is_stop(drawn_B, self.params, self.eos_ids)
         length_B = loop.length_B + one_B
         code_B = jnp.select(
@@ -321,6 +321,11 @@ class _Rows:
             [loop.tokens_SB.reshape(-1), loop.made_B, loop.code_B, loop.step[None]]
         )
         return SliceOutput(packed, loop.logprob_SB, loop.top_ids_SBN, loop.top_logprobs_SBN)
+
+
+# Jitted so that programs, and the two places of a mixed one, share their traces.
+_sample = jax.jit(sampling.sample)
+_token_logprobs = jax.jit(sampling.token_logprobs)
 
 
 def _ints(record: Array, name: str) -> Array:

@@ -14,6 +14,7 @@ V vocabulary; `...` stands for any leading axes (tokens, or batch and tokens).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -187,8 +188,9 @@ def _run_unrolled(
 def _run_looped(
     layers: Sequence[Layer], x: Array, rotation: tuple[Array, Array], attend: Attend, memory: Any
 ) -> tuple[Array, Any]:
-    before = [lambda x, layer=layer: layer.before_attention(x, rotation) for layer in layers]
-    after = [lambda x, out, layer=layer: layer.after_attention(x, out) for layer in layers]
+    parts = [nnx.split(layer) for layer in layers]
+    before = [partial(_before_attention, *part, rotation) for part in parts]
+    after = [partial(_after_attention, *part) for part in parts]
 
     def one(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         x, memory = carry
@@ -196,6 +198,20 @@ def _run_looped(
         return lax.switch(number, after, x, attended), memory
 
     return lax.fori_loop(0, len(layers), one, (x, memory))
+
+
+# Jitted with the weights as arguments, so that all layers share one trace: tracing is most of what
+# a start with a warm compilation cache takes.
+
+
+@partial(jax.jit, static_argnums=0)
+def _before_attention(graphdef: Any, weights: Any, rotation: tuple[Array, Array], x: Array) -> Any:
+    return nnx.merge(graphdef, weights).before_attention(x, rotation)
+
+
+@partial(jax.jit, static_argnums=0)
+def _after_attention(graphdef: Any, weights: Any, x: Array, attended: Array) -> Array:
+    return nnx.merge(graphdef, weights).after_attention(x, attended)
 
 
 def rope_frequencies(head_dim: int, rope: RopeConfig) -> np.ndarray:

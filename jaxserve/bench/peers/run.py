@@ -6,6 +6,7 @@ jaxserve's, so they live in another virtual environment; this package is put on 
 
 import os
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Final
 
 import jaxserve
 from jaxserve.bench.peers.protocol import Result, parse
+from jaxserve.bench.peers.report import OURS
 from jaxserve.errors import ConfigError
 
 REQUIREMENTS: Final = {  # module -> what pip calls it
@@ -25,6 +27,7 @@ REQUIREMENTS: Final = {  # module -> what pip calls it
 }
 
 PEERS: Final[dict[str, tuple[str, ...]]] = {
+    OURS: ("jaxserve_peer",),
     "llama.cpp": ("llama_cpp_peer",),
     "transformers static": ("transformers_peer", "--batching=static"),
     "transformers continuous": ("transformers_peer", "--batching=continuous"),
@@ -82,7 +85,11 @@ def write_model(python: str, *, shape: str, directory: Path) -> None:
 def run_peer(
     python: str, name: str, arguments: Sequence[str], *, cores: Collection[int]
 ) -> Iterator[Result]:
-    """Yields a peer's results as it prints them. Raises PeerFailed when it ends with an error."""
+    """Yields a peer's results as it prints them. Raises PeerFailed when it ends with an error.
+
+    jaxserve itself runs in this process's Python, the others in `python`.
+    """
+    python = sys.executable if name == OURS else python
     module, *fixed = PEERS[name]
     for line in _lines(python, [module, *fixed, *arguments], cores=cores):
         result = parse(line)

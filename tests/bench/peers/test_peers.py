@@ -9,10 +9,11 @@ import pytest
 from jaxserve.bench.peers.protocol import DecodeResult, Meter, WorkloadResult, emit, parse
 from jaxserve.bench.peers.report import format_report
 from jaxserve.bench.peers.run import REQUIREMENTS, require_modules
-from jaxserve.bench.peers.weights import gguf_tensor, hf_shapes, hf_state_dict
+from jaxserve.bench.peers.weights import gguf_tensor
 from jaxserve.bench.peers.workload import make_requests
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import SHAPES
+from jaxserve.models.random_weights import hf_shapes, hf_state_dict
 
 TINY = SHAPES["tiny"]
 
