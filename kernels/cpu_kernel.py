@@ -35,12 +35,14 @@ def one_kernel(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def start_tickets(count: int, *waits_for: Float[Array, "..."]) -> list[Int[Array, ""]]:
-    """Return `count` zeros; kernels that each use one of them run on threads of their own.
+    """Return `count` zeros; kernels that each use one of them may run on threads of their own.
 
     A thread that finishes a thunk goes on with whatever became ready by that, so two kernels that
     wait for the same value run one after the other on one thread. XLA hands a thunk to another
     thread only if it may block, as library dots may. So each kernel waits for a dot of its own,
-    tiny and otherwise useless, and there the threads part. `waits_for` names everything the
+    tiny and otherwise useless, where the threads can part. They do so only some of the time: on
+    two cores a whole slice program used 1.2 to 1.3 of them, 10 % faster than without tickets (jax
+    0.10.2); programs of kernels alone stayed on one. `waits_for` names everything the
     kernels wait for that is computed at run time, in arrays of at least 64 numbers: were anything
     else to be ready later than the dots, it would bring the kernels together again.
     """
