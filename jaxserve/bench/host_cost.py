@@ -48,9 +48,9 @@ def measure(
     all_cores = os.sched_getaffinity(0)
     flags = ["--slicing=fixed", f"--slice_steps={steps}", f"--event_log={log}"]
     os.sched_setaffinity(0, {server_core})  # what is started now stays there
-    with serving(flags) as target:
+    with serving(flags) as server:
         os.sched_setaffinity(0, {client_core})
-        meter = asyncio.run(_drive(target, num_requests))
+        meter = asyncio.run(_drive(server.target, num_requests))
     result = meter.result("live", "greedy", config={})
     os.sched_setaffinity(0, {server_core})
     try:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,18 +41,26 @@ def main() -> None:
     parser.add_argument("--serve_flag", action="append", default=[], help="passed to the server")
     parser.add_argument("--skip_decode", action="store_true", help="the workload only")
     options = parser.parse_args()
-    with serving(options.serve_flag) as target:
-        asyncio.run(run_workloads(target, options))
+    with serving(options.serve_flag) as server:
+        asyncio.run(run_workloads(server.target, options))
     if not options.skip_decode:
         for rows, context in DECODE_POINTS:
             rate = decode_alone(rows, context)
             emit(DecodeResult(peer=PEER, rows=rows, context=context, tokens_per_s=rate))
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: its address and the process that was started."""
+
+    target: str
+    pid: int
+
+
 @contextmanager
-def serving(flags: list[str]) -> Iterator[str]:
-    """A server of the random model, ready; yields its address."""
-    command = [sys.executable, "-m", "jaxserve", "serve", f"--model=random:{MODEL}", "--port=0"]
+def serving(flags: list[str], *, model: str = f"random:{MODEL}") -> Iterator[Server]:
+    """A server that is ready, for as long as the context lasts."""
+    command = [sys.executable, "-m", "jaxserve", "serve", f"--model={model}", "--port=0"]
     command += [f"--max_rows={MAX_ROWS}", "--log_level=warning", *flags]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAXSERVE_")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -60,7 +68,7 @@ def serving(flags: list[str]) -> Iterator[str]:
         try:
             for line in process.stdout:
                 if "serving gRPC at " in line:
-                    yield line.split("serving gRPC at ")[1].split()[0]
+                    yield Server(line.split("serving gRPC at ")[1].split()[0], process.pid)
                     break
             else:
                 raise RuntimeError("the server ended before it was ready")
