@@ -82,6 +82,8 @@ class SchedulerConfig:
         for field in ("max_gap_ms", "queue_timeout_s"):
             value = getattr(self, field)
             _require(math.isfinite(value) and value >= 0, field, value, "0 (off) or positive")
+        bounded = self.max_gap_ms == 0 or self.slicing == "adaptive"
+        _require(bounded, "max_gap_ms", self.max_gap_ms, "0 unless slicing is adaptive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,3 +106,5 @@ class EngineConfig:
         _require(self.executor in EXECUTORS, "executor", self.executor, ", ".join(EXECUTORS))
         dtypes = ("auto", "float32", "bfloat16")
         _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
+        read = not self.profile or self.executor == "paced"
+        _require(read, "profile", self.profile, "unset unless --executor=paced")

@@ -13,11 +13,13 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A running row: tokens it holds, pages it leases, output tokens it may still make."""
+    """A running row: tokens it holds, pages it leases, output tokens it may still make and has
+    made (`made` of those it holds)."""
 
     held: int
     leased_pages: int
     remaining: int
+    made: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Memory:
 
 @runtime_checkable
 class Admission(Protocol):
-    """One rule. `ticked` and `retracted` tell it of slices run and of preemptions."""
+    """One rule. `ticked` and `retracted` tell it of slices run, and of a preemption with
+    the rows that still hold pages."""
 
     def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool: ...
 
@@ -152,9 +155,9 @@ class Ratio:
         self.rho = max(self.start * self.floor, self.rho - self._fall * steps)
 
     def retracted(self, running: Sequence[Running]) -> None:
-        decoded = sum(row.held for row in running)
-        longest = sum(row.held + row.remaining for row in running)
-        self.rho = min(1.0, (decoded + 20 * len(running)) / (longest + 1))
+        decoded = sum(row.made for row in running)
+        most = sum(row.made + row.remaining for row in running)
+        self.rho = min(1.0, (decoded + 20 * len(running)) / (most + 1))
 
     def _reserve(self, remaining: int) -> int:
         return int(self.rho * min(remaining, self.clip))

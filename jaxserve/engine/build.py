@@ -107,6 +107,10 @@ def _build_jax(
     from jaxserve.kernels.backend import resolve
 
     device = jax.devices()[0]
+    try:
+        attention = resolve(config.kernels)
+    except ValueError as error:
+        raise ConfigError(f"kernels: {error}") from error
     dtype = _dtype(config, device.platform)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
@@ -143,7 +147,7 @@ def _build_jax(
         num_pages=num_pages,
         page_size=page_size,
         programs=executor.num_programs,
-        kernels={"paged_attention": resolve(config.kernels)},
+        kernels={"paged_attention": attention},
         platform=device.platform,
         device_kind=device.device_kind,
         num_devices=1,

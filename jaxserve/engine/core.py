@@ -274,6 +274,7 @@ class EngineCore:
             sequence.phase = Phase.EVICTING
             if sequence.last_slice not in flying:
                 self._evict(sequence)
+        self.admission.retracted(self._planner.running_rows())
 
     def _evict(self, sequence: Sequence) -> None:
         self._release(sequence)

@@ -293,11 +293,7 @@ class Planner:
         )
 
     def _admit(self, steps: int, now_s: float) -> None:
-        running = [
-            Running(row.length + row.ahead, len(row.lease.pages), row.remaining - row.ahead)
-            for row in self._running()
-            if row.lease is not None
-        ]
+        running = self.running_rows()
         self._blocked = False
         budget = self._config.scheduler.max_prefill_tokens - self._queued_prefill()
         while budget > 0:
@@ -316,6 +312,19 @@ class Planner:
                 return
             budget -= max(size, self._config.tile)
             self._note_admission(now_s)
+
+    def running_rows(self) -> list[Running]:
+        """Every row that holds a lease, as admission rules see it."""
+        return [
+            Running(
+                held=row.length + row.ahead,
+                leased_pages=len(row.lease.pages),
+                remaining=row.remaining - row.ahead,
+                made=len(row.made) + row.ahead,
+            )
+            for row in self._running()
+            if row.lease is not None
+        ]
 
     def _queued_prefill(self) -> int:
         return sum(row.length - row.computed for row in self._prefilling())

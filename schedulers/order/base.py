@@ -1,5 +1,6 @@
 """What every order offers, and the base of those whose sorting key never changes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ class Order(Protocol):
         ...
 
 
-class StaticOrder:
+class StaticOrder(ABC):
     """An order by a key that is fixed on arrival, so a preempted request takes its old place."""
 
     def __init__(self) -> None:
@@ -33,9 +34,9 @@ class StaticOrder:
         self._waiting: SortedDict = SortedDict()
         self._running: SortedDict = SortedDict()
 
+    @abstractmethod
     def key(self, event: Arrive) -> tuple[int, ...]:
         """The sorting key of a request, smallest first."""
-        raise NotImplementedError
 
     def on(self, event: Event) -> None:
         match event:

@@ -159,6 +159,20 @@ def test_rows_that_outgrow_the_pool_are_preempted_and_recomputed() -> None:
     assert_all_pages_back(core)
 
 
+def test_a_preemption_makes_the_ratio_rule_careful() -> None:
+    core = make_core(num_pages=30, admission="ratio", slice_steps=4)
+    harness = Harness(core)
+    for i in range(3):
+        harness.submit(make_request(f"r{i}", [i] * 17, max_tokens=40))
+    harness.dispatch()
+    harness.parse()
+    before = core.admission.rho
+    core.preempt(core.jobs[core.order.running()[-1]])
+    assert core.admission.rho != before
+    harness.run()
+    assert_all_pages_back(core)
+
+
 def test_a_lone_row_that_outgrows_the_pool_ends_and_says_why() -> None:
     core = make_core(num_pages=4, admission="reserve_prompt", slice_steps=4)
     harness = Harness(core)

@@ -111,7 +111,7 @@ def test_ratio_falls_with_steps_and_rises_after_a_retraction() -> None:
     assert rule.rho == pytest.approx(0.7 * 0.14)
     rule.ticked(600)
     assert rule.rho == pytest.approx(0.7 * 0.14)
-    rule.retracted([Running(30, 1, 70), Running(10, 1, 90)])
+    rule.retracted([Running(50, 1, 70, made=30), Running(12, 1, 90, made=10)])
     assert rule.rho == pytest.approx((40 + 2 * 20) / (200 + 1))
 
 
