@@ -4,6 +4,7 @@ Simulator and server share these records and so their defaults; every report pri
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
@@ -23,9 +24,13 @@ def _require(condition: bool, field: str, got: object, allowed: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """The paged KV pool. `num_pages` None: as many as fit into `memory_fraction` of free memory."""
+    """The paged KV pool. `num_pages` None: as many as fit into `memory_fraction` of free memory.
 
-    page_size: int = 32
+    Long pages are read faster (on CPU, 64 tokens in 4/5 of the time of 32), short ones share
+    shorter prefixes.
+    """
+
+    page_size: int = 64
     num_pages: int | None = None
     memory_fraction: float = 0.5
     prefix_cache: bool = True
@@ -92,6 +97,7 @@ class EngineConfig:
 
     model: str = "demo"
     executor: str = "jax"
+    mesh: str = "auto"
     dtype: str = "auto"
     kernels: str = "auto"
     seed: int = 0
@@ -106,5 +112,7 @@ class EngineConfig:
         _require(self.executor in EXECUTORS, "executor", self.executor, ", ".join(EXECUTORS))
         dtypes = ("auto", "float32", "bfloat16")
         _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
+        mesh = re.fullmatch(r"auto|tp=[1-9]\d{0,3}", self.mesh) is not None
+        _require(mesh, "mesh", self.mesh, "auto or tp=<number of devices>")
         read = not self.profile or self.executor == "paced"
         _require(read, "profile", self.profile, "unset unless --executor=paced")

@@ -86,6 +86,7 @@ MODEL: Final = Group(
     (
         _engine("model", "model", "demo, random:<shape> or orbax:<directory>"),
         _engine("dtype", "dtype", "of weights and activations: auto, float32 or bfloat16"),
+        _engine("mesh", "mesh", "tensor parallelism: tp=<devices>, or auto (one per CPU core)"),
         _engine("kernels", "kernels", "backend of the array operations; auto picks by device"),
         _engine("executor", "executor", "what runs a slice", EXECUTORS),
         _engine("profile", "profile", "serving-time profile, a JSON file (for --executor=paced)"),

@@ -17,7 +17,6 @@ a library whose order may depend on Q and C, but not on B or on the other rows' 
 are replaced, not multiplied by zero, and their values are never read or are replaced too.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -29,14 +28,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from . import backend as backends
-from .cpu_kernel import one_kernel, start_tickets
+from .cpu_kernel import one_kernel
 from .kv_pages import KvPages
 
 # Slots and channels are taken 8 at a time in the decode kernel: 8 products are chained in registers
 # between two visits to the accumulator. 4 compiles faster, 16 runs no faster (measured, AVX-512).
 _UNROLL: Final = 8
-# Each part is a kernel to compile (about 0.3 s), and few cores saturate the memory.
-_MAX_PARTS: Final = 4
 # Tokens per step of the block path: a score tile of 128 keys stays in the cache.
 _CHUNK_TOKENS: Final = 128
 # Query blocks per step of the block path: enough for a batched dot, few enough that blocks of
@@ -144,111 +141,91 @@ def _attend_group(q_XKMC, table_XP, len_X, start_X, *, pages: KvPages, Q: int, R
 
 
 def _attend_cpu(q_BQHC, pages: KvPages, table_BP, len_B, start_B):
-    """One query per row: native kernels, the kv heads shared out among the cores."""
+    """One query per row: one native kernel, on one thread; tensor parallelism brings more."""
     B, Q, H, C = q_BQHC.shape
     if Q > 1:
         return _attend_blocks(q_BQHC, pages, table_BP, len_B, start_B)
     K = pages.k_NKCS.shape[1]
     q_BKGC = q_BQHC.reshape(B, K, H // K, C).astype(jnp.float32) * C**-0.5
     visible_B = jnp.clip(jnp.minimum(len_B, start_B + 1), 0)
-    # By heads and not by rows: the parts are then equal whatever the lengths, also for B = 1.
-    cores = min(_MAX_PARTS, os.cpu_count() or 1)
-    parts = max(n for n in range(1, cores + 1) if K % n == 0)
-    tickets = start_tickets(parts, q_BKGC, *pages) if parts > 1 else [jnp.int32(0)]
-    heads = K // parts
-    o_BKGC = jnp.concatenate(
-        [
-            one_kernel(
-                partial(_decode_heads, first_head=i * heads),
-                q_BKGC[:, i * heads : (i + 1) * heads],
-                pages,
-                table_BP,
-                visible_B + tickets[i],
-            )
-            for i in range(parts)
-        ],
-        axis=1,
-    )
+    o_BKGC = one_kernel(_decode, q_BKGC, pages, table_BP, visible_B)
     return o_BKGC.reshape(B, 1, H, C).astype(q_BQHC.dtype)
 
 
-def _decode_heads(q_BKGC, pages: KvPages, table_BP, len_B, *, first_head: int):
-    """Row by row: all scores of the row, then their softmax while its values are summed.
+def _decode(q_BKGC, pages: KvPages, table_BP, len_B):
+    """Row by row and head by head: all scores, then their softmax while values are summed.
 
     Written for `one_kernel`: `lax` only, elementwise work in plain loops, no reductions. Sums over
     S or C are chains of 8 products, which keeps pages in vector registers.
     """
     B, K, G, C = q_BKGC.shape
     P, S = table_BP.shape[1], pages.page_size
-    slot_KGS = lax.broadcasted_iota(jnp.int32, (K, G, S), 2)
-    lowest_KGS = jnp.full((K, G, S), -jnp.inf, jnp.float32)
+    slot_GS = lax.broadcasted_iota(jnp.int32, (G, S), 1)
+    lowest_GS = jnp.full((G, S), -jnp.inf, jnp.float32)
     take = partial(lax.dynamic_slice, allow_negative_indices=False)
     put = partial(lax.dynamic_update_slice, allow_negative_indices=False)
 
-    def row(b, carry):
-        out_BKGC, s_PKGS = carry
+    def one(row_and_head, carry):
+        out_BKGC, s_PGS = carry
+        b, k = lax.div(row_and_head, jnp.int32(K)), lax.rem(row_and_head, jnp.int32(K))
         len_ = take(len_B, (b,), (1,))[0]
-        q_KGC = take(q_BKGC, (b, 0, 0, 0), (1, K, G, C))[0]
+        q_GC = take(q_BKGC, (b, k, 0, 0), (1, 1, G, C))[0, 0]
         num_pages = lax.div(len_ + (S - 1), jnp.int32(S))
 
         def score_page(j, carry):
-            s_PKGS, m_KGS = carry
+            s_PGS, m_GS = carry
             page = take(table_BP, (b, j), (1, 1))[0, 0]
 
-            def channels(i, s_KGS):
+            def channels(i, s_GS):
                 for c in range(_UNROLL):
                     c = i * _UNROLL + c
-                    k_KS = take(pages.k_NKCS, (page, first_head, c, 0), (1, K, 1, S))[0, :, 0]
-                    q_KG = take(q_KGC, (0, 0, c), (K, G, 1))[:, :, 0]
-                    s_KGS += q_KG[:, :, None] * k_KS[:, None, :].astype(jnp.float32)
-                return s_KGS
+                    k_S = take(pages.k_NKCS, (page, k, c, 0), (1, 1, 1, S))[0, 0, 0]
+                    q_G = take(q_GC, (0, c), (G, 1))[:, 0]
+                    s_GS += q_G[:, None] * k_S[None, :].astype(jnp.float32)
+                return s_GS
 
-            s_KGS = lax.fori_loop(0, C // _UNROLL, channels, jnp.zeros((K, G, S), jnp.float32))
-            s_KGS = lax.select(slot_KGS < len_ - j * S, s_KGS, lowest_KGS)
-            return put(s_PKGS, s_KGS[None], (j, 0, 0, 0)), lax.max(m_KGS, s_KGS)
+            s_GS = lax.fori_loop(0, C // _UNROLL, channels, jnp.zeros((G, S), jnp.float32))
+            s_GS = lax.select(slot_GS < len_ - j * S, s_GS, lowest_GS)
+            return put(s_PGS, s_GS[None], (j, 0, 0)), lax.max(m_GS, s_GS)
 
-        s_PKGS, m_KGS = lax.fori_loop(0, num_pages, score_page, (s_PKGS, lowest_KGS))
-        m_KGS = lax.broadcast_in_dim(_fold(lax.max, m_KGS)[:, :, 0], (K, G, S), (0, 1))
+        s_PGS, m_GS = lax.fori_loop(0, num_pages, score_page, (s_PGS, lowest_GS))
+        m_GS = lax.broadcast_in_dim(_fold(lax.max, m_GS)[:, 0], (G, S), (0,))
 
         def sum_page(j, carry):
-            l_KGS, o_KGC = carry
+            l_GS, o_GC = carry
             page = take(table_BP, (b, j), (1, 1))[0, 0]
-            p_KGS = lax.exp(take(s_PKGS, (j, 0, 0, 0), (1, K, G, S))[0] - m_KGS)
+            p_GS = lax.exp(take(s_PGS, (j, 0, 0), (1, G, S))[0] - m_GS)
 
-            def slots(start, count, o_KGC):
+            def slots(start, count, o_GC):
                 for s in range(count):
                     s = start + s
-                    v_KC = take(pages.v_NKSC, (page, first_head, s, 0), (1, K, 1, C))[0, :, 0]
-                    p_KG = take(p_KGS, (0, 0, s), (K, G, 1))[:, :, 0]
-                    o_KGC += p_KG[:, :, None] * v_KC[:, None, :].astype(jnp.float32)
-                return o_KGC
+                    v_C = take(pages.v_NKSC, (page, k, s, 0), (1, 1, 1, C))[0, 0, 0]
+                    p_G = take(p_GS, (0, s), (G, 1))[:, 0]
+                    o_GC += p_G[:, None] * v_C[None, :].astype(jnp.float32)
+                return o_GC
 
             # Whole blocks, then single slots up to the row's length: stale slots are not read.
             kept = lax.min(len_ - j * S, jnp.int32(S))
             blocks = lax.div(kept, jnp.int32(_UNROLL))
-            o_KGC = lax.fori_loop(
-                0, blocks, lambda i, o_KGC: slots(i * _UNROLL, _UNROLL, o_KGC), o_KGC
-            )
-            o_KGC = lax.fori_loop(
-                blocks * _UNROLL, kept, lambda s, o_KGC: slots(s, 1, o_KGC), o_KGC
-            )
-            return l_KGS + p_KGS, o_KGC
+            o_GC = lax.fori_loop(0, blocks, lambda i, o_GC: slots(i * _UNROLL, _UNROLL, o_GC), o_GC)
+            o_GC = lax.fori_loop(blocks * _UNROLL, kept, lambda s, o_GC: slots(s, 1, o_GC), o_GC)
+            return l_GS + p_GS, o_GC
 
-        nothing = (jnp.zeros((K, G, S), jnp.float32), jnp.zeros((K, G, C), jnp.float32))
-        l_KGS, o_KGC = lax.fori_loop(0, num_pages, sum_page, nothing)
-        l_KG1 = _fold(lax.add, l_KGS)
-        o_KGC = o_KGC / lax.select(l_KG1 > 0, l_KG1, lax.full_like(l_KG1, 1))
-        return put(out_BKGC, o_KGC[None], (b, 0, 0, 0)), s_PKGS
+        nothing = (jnp.zeros((G, S), jnp.float32), jnp.zeros((G, C), jnp.float32))
+        l_GS, o_GC = lax.fori_loop(0, num_pages, sum_page, nothing)
+        l_G1 = _fold(lax.add, l_GS)
+        o_GC = o_GC / lax.select(l_G1 > 0, l_G1, lax.full_like(l_G1, 1))
+        return put(out_BKGC, o_GC[None, None], (b, k, 0, 0)), s_PGS
 
-    scratch = jnp.zeros((P, K, G, S), jnp.float32)
-    return lax.fori_loop(0, B, row, (jnp.zeros_like(q_BKGC), scratch))[0]
+    scratch = jnp.zeros((P, G, S), jnp.float32)
+    return lax.fori_loop(0, B * K, one, (jnp.zeros_like(q_BKGC), scratch))[0]
 
 
-def _fold(combine: Callable[..., Any], x_KGS):
+def _fold(combine: Callable[..., Any], x_GS):
     """Combine the last axis into one element by halves, without a reduction."""
-    while (half := x_KGS.shape[-1] // 2) > 0:
-        x_KGS = combine(x_KGS[..., :half], x_KGS[..., half:])
-    return x_KGS
+    while (half := x_GS.shape[-1] // 2) > 0:
+        x_GS = combine(x_GS[..., :half], x_GS[..., half:])
+    return x_GS
 
 
 _BACKENDS: Final = {

@@ -292,9 +292,11 @@ def _likeliest(x_BV: Array, n: int) -> tuple[Array, Array]:
     """
     x_BGM = thresholds.grouped(x_BV, n)
     B, G, M = x_BGM.shape
-    # The barrier keeps both outputs of top_k in use: with one unused, XLA on CPU sorts all of G,
-    # which is 20 times slower (jax 0.10.2).
-    _, groups_Bn = lax.optimization_barrier(lax.top_k(jnp.max(x_BGM, axis=-1), min(n, G)))
+    # Both outputs of top_k stay in use: with one unused, XLA on CPU sorts all of G, which is 20
+    # times slower (jax 0.10.2). No number is above infinity, but no compiler pass looks for that.
+    # (An optimization_barrier does not do: programs of several devices then fail to compile.)
+    peaks_Bn, groups_Bn = lax.top_k(jnp.max(x_BGM, axis=-1), min(n, G))
+    groups_Bn = groups_Bn + (peaks_Bn > jnp.inf).astype(jnp.int32)
     groups_Bn = jnp.sort(groups_Bn, axis=-1)
     x_BK = thresholds.take_along(x_BGM, groups_Bn).reshape(B, -1)
     top_Bn, at_Bn = lax.top_k(x_BK, n)

@@ -18,6 +18,7 @@ for _name in [n for n in os.environ if n.startswith("JAXSERVE_")] + ["JAX_COMPIL
     os.environ.pop(_name, None)
 
 os.environ["JAX_PLATFORMS"] = "cpu" if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"  # for tests of tensor parallelism
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 

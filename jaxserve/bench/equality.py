@@ -16,6 +16,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.engine.batch import BatchShape, Bucket
 from jaxserve.engine.core import EngineCore, sample_seed
 from jaxserve.engine.core_config import CoreConfig
+from jaxserve.engine.devices import open_mesh
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.sequence import Phase
 from jaxserve.models.config import ModelConfig
@@ -58,7 +59,7 @@ class Grid:
 class EqualityCheck:
     """Compiles one executor and runs every cell on it."""
 
-    def __init__(self, grid: Grid, *, seed: int = 0, kernels: str = "auto"):
+    def __init__(self, grid: Grid, *, seed: int = 0, kernels: str = "auto", mesh: str = "tp=1"):
         self._grid = grid
         source = parse_source(grid.model)
         self._config = load_model_config(source)
@@ -78,6 +79,7 @@ class EqualityCheck:
         self._executor = JaxExecutor(
             self._config,
             weights,
+            mesh=open_mesh(mesh, self._config),
             shape=self._shape,
             buckets=few_buckets(grid.rows, self._chunk_tokens[False] // TILE),
             num_pages=self._num_pages,

@@ -19,6 +19,7 @@ from jaxserve.bench.peers.workload import MAX_ROWS, make_requests, warm_up_reque
 from jaxserve.client import AsyncClient
 from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.build import TILE
+from jaxserve.engine.devices import open_mesh
 from jaxserve.engine.event_log import plan_from_json, read_events
 from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
 from jaxserve.engine.plan import SlicePlan
@@ -82,9 +83,12 @@ def replay_s(log: Path, *, steps: int) -> float:
     num_warm_up = len(warm_up_requests(make_requests(SHAPES[MODEL].vocab_size)))
     first = submits[num_warm_up]
     config, page_size = SHAPES[MODEL], core["page_size"]
+    mesh = open_mesh("auto", config)  # as the server did on the same core
+    source = parse_source(f"random:{MODEL}")
     executor = JaxExecutor(
         config,
-        load_weights(parse_source(f"random:{MODEL}"), config, dtype="float32", seed=0),
+        load_weights(source, config, dtype="float32", seed=0, mesh=mesh),
+        mesh=mesh,
         shape=BatchShape(
             tile=TILE,
             table_pages=-(-config.max_context // page_size),

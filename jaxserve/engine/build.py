@@ -103,9 +103,11 @@ def _build_jax(
     import jax.numpy as jnp
 
     from jaxserve.engine.batch import BatchShape
+    from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
     from jaxserve.kernels.backend import resolve
 
+    mesh = open_mesh(config.mesh, model)
     device = jax.devices()[0]
     try:
         attention = resolve(config.kernels)
@@ -114,10 +116,10 @@ def _build_jax(
     dtype = _dtype(config, device.platform)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
-    weights = load_weights(source, model, dtype=dtype, seed=config.seed)
+    weights = load_weights(source, model, dtype=dtype, seed=config.seed, mesh=mesh)
     progress(
         f"model {model.name}: {model.num_parameters / 1e6:.1f} M parameters in {dtype} on"
-        f" {device.device_kind}"
+        f" {mesh.size} x {device.device_kind}"
     )
     page_size = config.cache.page_size
     num_pages = _num_pages(config, model, jnp.dtype(dtype).itemsize, device)
@@ -131,6 +133,7 @@ def _build_jax(
     executor = JaxExecutor(
         model,
         weights,
+        mesh=mesh,
         shape=shape,
         buckets=make_buckets(shape.max_rows, max_tiles),
         num_pages=num_pages,
@@ -150,7 +153,7 @@ def _build_jax(
         kernels={"paged_attention": attention},
         platform=device.platform,
         device_kind=device.device_kind,
-        num_devices=1,
+        num_devices=mesh.size,
     )
     return executor, info
 

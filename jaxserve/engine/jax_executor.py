@@ -1,12 +1,13 @@
-"""The executor that owns a device: compiled slice programs, weights and state.
+"""The executor that owns the devices: compiled slice programs, weights and state.
 
-Every program is compiled ahead of time and called as such, so that a shape that was not warmed up
-is an error and never a silent compilation.
+One program runs on all devices of a mesh, each with its share of heads, MLP and vocabulary; page
+ids and everything a plan says are the same on all. Every program is compiled ahead of time and
+called as such, so that a shape that was not warmed up is an error and never a silent compilation.
 """
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import BatchShape, Bucket, Packer
 from jaxserve.engine.plan import RowStart, SliceLogprobs, SlicePlan, SliceResult
 from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
 from jaxserve.kernels.backend import resolve
-from jaxserve.kernels.kv_pages import copy_pages, init_pages
+from jaxserve.kernels.kv_pages import KvPages, copy_pages, init_pages
 from jaxserve.kernels.sampling import PROMPT_FLAG
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, Init
+from jaxserve.models.partition import TP, param_shardings, share_of
 
 Progress = Callable[[str], None]
+
+_EVERYWHERE: Any = PartitionSpec()
+_CUT_BY_HEAD: Any = PartitionSpec(None, TP)
+_STATE = DeviceState(
+    KvPages(_CUT_BY_HEAD, _CUT_BY_HEAD), *[_EVERYWHERE] * (len(DeviceState._fields) - 1)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,7 @@ class _Ticket:
     plan: SlicePlan
     bucket: Bucket
     order: np.ndarray
-    output: SliceOutput
+    output: Future[SliceOutput]
     wants_logprobs: bool
     dispatched_s: float
 
@@ -67,13 +76,17 @@ def make_buckets(max_rows: int, max_tiles: int) -> tuple[Bucket, ...]:
 
 
 class JaxExecutor:
-    """Runs slice plans on the default device. `compile_all` must come before `dispatch`."""
+    """Runs slice plans on the devices of a mesh with the axis TP.
+
+    `compile_all` must come before `dispatch`. Raises ConfigError when the model cannot be cut so.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         weights: Any,
         *,
+        mesh: Mesh,
         shape: BatchShape,
         buckets: tuple[Bucket, ...],
         num_pages: int,
@@ -81,10 +94,13 @@ class JaxExecutor:
         kernels: str,
         dtype: str,
     ):
-        abstract = nnx.eval_shape(lambda: Decoder(config, init=Init(jnp.dtype(dtype))))
+        share = share_of(config, mesh.size)
+        axis = TP if mesh.size > 1 else None
+        abstract = nnx.eval_shape(lambda: Decoder(share, init=Init(jnp.dtype(dtype)), axis=axis))
         graphdef, state = nnx.split(abstract)
-        nnx.replace_by_pure_dict(state, weights)
+        nnx.replace_by_pure_dict(state, jax.device_put(weights, param_shardings(mesh, weights)))
         self._weights, treedef = jax.tree.flatten(state)
+        self._mesh, self._weight_specs = mesh, [leaf.sharding.spec for leaf in self._weights]
         self._config, self._shape, self.buckets = config, shape, buckets
         self._packer = Packer(shape, buckets)
         self._program = {
@@ -104,25 +120,34 @@ class JaxExecutor:
         self._state = self._initial_state(num_pages, page_size, jnp.dtype(dtype))
         self._num_pages = num_pages
         self._dirty = np.zeros(shape.max_rows, bool)
+        # Starting a program of several CPU devices blocks while another one runs (jax 0.10.2), and
+        # the host has better things to do.
+        blocks = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch") if blocks else None
         self._ready_s = 0.0
 
     def _initial_state(self, num_pages: int, page_size: int, dtype: jnp.dtype) -> DeviceState:
         config, slots = self._config, self._shape.max_rows
-        dense = (slots, config.vocab_size)
-        return DeviceState(
-            pages=init_pages(
-                num_pages * config.num_layers,
-                page_size=page_size,
-                kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                dtype=dtype,
-            ),
-            last_token_R=jnp.zeros(slots, jnp.int32),
-            length_R=jnp.ones(slots, jnp.int32),
-            done_R=jnp.zeros(slots, bool),
-            counts_RV=jnp.zeros(dense, jnp.int32),
-            bias_RV=jnp.zeros(dense, jnp.float32),
-        )
+
+        def zeros() -> DeviceState:
+            dense = (slots, config.vocab_size)
+            return DeviceState(
+                pages=init_pages(
+                    num_pages * config.num_layers,
+                    page_size=page_size,
+                    kv_heads=config.num_kv_heads,
+                    head_dim=config.head_dim,
+                    dtype=dtype,
+                ),
+                last_token_R=jnp.zeros(slots, jnp.int32),
+                length_R=jnp.ones(slots, jnp.int32),
+                done_R=jnp.zeros(slots, bool),
+                counts_RV=jnp.zeros(dense, jnp.int32),
+                bias_RV=jnp.zeros(dense, jnp.float32),
+            )
+
+        place = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), _STATE)
+        return jax.jit(zeros, out_shardings=place)()
 
     # Warm-up.
 
@@ -150,42 +175,77 @@ class JaxExecutor:
         return len(self._compiled) + 2
 
     def _compile_bucket(self, bucket: Bucket) -> None:
-        buffer = jax.ShapeDtypeStruct((self._shape.size(bucket),), jnp.int32)
-        program = jax.jit(self._program[bucket].__call__, donate_argnums=1)
-        self._compiled[bucket] = program.lower(self._weights, self._state, buffer).compile()
+        self._compiled[bucket] = self._compile(
+            self._program[bucket].__call__,
+            (self._weight_specs, _STATE, _EVERYWHERE),
+            (_STATE, _EVERYWHERE),
+            (self._weights, self._state, self._host_array(self._shape.size(bucket))),
+            donate=1,
+        )
+
+    def _compile(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any, args: Any, *, donate: int
+    ) -> Any:
+        """`function` as one program of all devices, each of which sees its own shards."""
+        each = jax.shard_map(
+            function,
+            mesh=self._mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            # What the specs call equal everywhere is: sums and gathers make it so. The check would
+            # need types for it on every loop carry.
+            check_vma=False,
+        )
+        return jax.jit(each, donate_argnums=donate).lower(*args).compile()
+
+    def _host_array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """What the host hands to every device."""
+        where = NamedSharding(self._mesh, _EVERYWHERE)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def _compile_copy(self) -> None:
-        num_ids = self._shape.max_rows * self._config.num_layers
-        ids = jax.ShapeDtypeStruct((num_ids,), jnp.int32)
-        self._copy = jax.jit(_copy_pages, donate_argnums=0).lower(self._state, ids, ids).compile()
+        ids = self._host_array(self._shape.max_rows * self._config.num_layers)
+        specs = (_STATE, _EVERYWHERE, _EVERYWHERE)
+        self._copy = self._compile(_copy_pages, specs, _STATE, (self._state, ids, ids), donate=0)
 
     def _compile_extras(self) -> None:
-        dense = (self._config.vocab_size,)
+        vocab = self._config.vocab_size
         args = (
-            jax.ShapeDtypeStruct((), jnp.int32),
-            jax.ShapeDtypeStruct(dense, jnp.int32),
-            jax.ShapeDtypeStruct(dense, jnp.float32),
+            self._state,
+            self._host_array(),
+            self._host_array(vocab),
+            self._host_array(vocab, dtype=jnp.float32),
         )
-        self._extras = jax.jit(_set_extras, donate_argnums=0).lower(self._state, *args).compile()
+        specs = (_STATE, *[_EVERYWHERE] * 3)
+        self._extras = self._compile(_set_extras, specs, _STATE, args, donate=0)
 
     # Slices.
 
     def dispatch(self, plan: SlicePlan) -> _Ticket:
         """Upload the plan and start its slice; returns before it is done."""
         now_s = time.monotonic()
+        bucket, buffer, order = self._packer.pack(plan)
+        if self._launcher is not None:
+            output = self._launcher.submit(self._launch, plan, bucket, buffer)
+        else:
+            output = Future()
+            output.set_result(self._launch(plan, bucket, buffer))
+        return _Ticket(plan, bucket, order, output, self._packer.wants_logprobs(plan), now_s)
+
+    def _launch(self, plan: SlicePlan, bucket: Bucket, buffer: np.ndarray) -> SliceOutput:
         if plan.copies:
             self._copy_pages(plan.copies)
         for row in plan.rows:
             if row.start is not None:
                 self._prepare_extras(row.slot, row.start)
-        bucket, buffer, order = self._packer.pack(plan)
         self._state, output = self._compiled[bucket](self._weights, self._state, buffer)
         output.packed.copy_to_host_async()
-        return _Ticket(plan, bucket, order, output, self._packer.wants_logprobs(plan), now_s)
+        return output
 
     def wait(self, ticket: _Ticket) -> SliceResult:
         """Block until a slice is done, and bring its tokens into the plan's order."""
-        packed = np.asarray(ticket.output.packed)
+        output = ticket.output.result()
+        packed = np.asarray(output.packed)
         ready_s = time.monotonic()
         busy_since_s, self._ready_s = max(ticket.dispatched_s, self._ready_s), ready_s
         rows, steps = ticket.bucket.rows, self._shape.step_buffer
@@ -202,7 +262,7 @@ class JaxExecutor:
             slice_s=ready_s - busy_since_s,
             rows_run=rows,
             prefill_run=ticket.bucket.tiles * self._shape.tile,
-            logprobs=_read_logprobs(ticket, steps_run, place) if ticket.wants_logprobs else None,
+            logprobs=_read_logprobs(output, steps_run, place) if ticket.wants_logprobs else None,
         )
 
     def _copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
@@ -243,10 +303,6 @@ def _set_extras(
     )
 
 
-def _read_logprobs(ticket: _Ticket, steps_run: int, place: np.ndarray) -> SliceLogprobs:
-    arrays = (
-        ticket.output.logprob_SB,
-        ticket.output.top_ids_SBN,
-        ticket.output.top_logprobs_SBN,
-    )
+def _read_logprobs(output: SliceOutput, steps_run: int, place: np.ndarray) -> SliceLogprobs:
+    arrays = (output.logprob_SB, output.top_ids_SBN, output.top_logprobs_SBN)
     return SliceLogprobs(*(np.asarray(array)[:steps_run, place] for array in arrays))

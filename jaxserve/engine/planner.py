@@ -107,10 +107,7 @@ class Planner:
     def _view(self, now_s: float) -> SlicingView:
         rows = self._decoding()
         waiting, budget = self._core.statistics_now, self._config.scheduler.max_prefill_tokens
-        prompts = [
-            row.length - row.computed for row in self._running() if row.phase is Phase.PREFILL
-        ]
-        prefill = sum(prompts) + waiting.waiting_tokens
+        prompts = sum(row.length - row.computed for row in self._prefilling())
         full = waiting.waiting > len(self._free_slots) or self._blocked
         return SlicingView(
             now_s=now_s,
@@ -118,10 +115,21 @@ class Planner:
             or [row.remaining for row in self._running()]
             or [self._core.slicing.max_steps],
             context_tokens=sum(row.length + row.ahead for row in rows),
-            prefill_tokens=min(budget, prefill),
+            prefill_tokens=min(budget, prompts + waiting.waiting_tokens),
             backlog=full and waiting.waiting > 0,
-            cut_prompts=prefill > budget and (bool(prompts) or bool(self._free_slots)),
+            cut_prompts=prompts + self._admissible_tokens(budget) > budget,
         )
+
+    def _admissible_tokens(self, most: int) -> int:
+        """Prompt tokens of the waiting requests that free slots could take; stops beyond `most`."""
+        tokens, slots = 0, len(self._free_slots)
+        for number in self._core.order.waiting():
+            job = self._core.jobs[number]
+            slots -= len(job.sequences)
+            if slots < 0 or tokens > most:
+                break
+            tokens += max(row.length for row in job.sequences)
+        return tokens
 
     def _plan_decode(self, steps: int) -> None:
         for row in self._decoding():

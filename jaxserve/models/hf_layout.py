@@ -40,19 +40,18 @@ def _layer(config: ModelConfig, read: Read, number: int) -> dict[str, Any]:
         "attention": attention,
         "mlp_norm": {"scale": read(f"{prefix}post_attention_layernorm.weight")},
         "mlp": {
-            "gate_up": {"kernel": np.concatenate(gate_up, axis=-1)},
+            "gate_up": {"kernel": np.stack(gate_up, axis=-2)},
             "down": {"kernel": read(f"{prefix}mlp.down_proj.weight").T},
         },
     }
 
 
 def _fuse_qkv(config: ModelConfig, read: Read, prefix: str, kind: str) -> np.ndarray:
-    """[D, K * (G + 2) * C]: per kv head its query heads, its key, its value."""
+    """[D, K, G + 2, C]: per kv head its query heads, its key, its value."""
     parts = []
     for name, heads in (("q", config.group), ("k", 1), ("v", 1)):
         tensor = read(f"{prefix}self_attn.{name}_proj.{kind}").T
         parts.append(
             tensor.reshape(*tensor.shape[:-1], config.num_kv_heads, heads, config.head_dim)
         )
-    fused = np.concatenate(parts, axis=-2)
-    return fused.reshape(*fused.shape[:-3], -1)
+    return np.concatenate(parts, axis=-2)

@@ -63,18 +63,29 @@ def load_model_config(source: ModelSource) -> ModelConfig:
     return load_config(source.directory)
 
 
-def load_weights(source: ModelSource, config: ModelConfig, *, dtype: str, seed: int) -> Any:
-    """The decoder's weights as a nested dict of arrays in `dtype`."""
-    if source.directory is not None:
-        from jaxserve.models.checkpoint import load_state
+def load_weights(
+    source: ModelSource, config: ModelConfig, *, dtype: str, seed: int, mesh: Any = None
+) -> Any:
+    """The decoder's weights as a nested dict of arrays in `dtype`.
 
-        return load_state(source.directory, config, dtype=dtype)
+    With a `jax.sharding.Mesh` they are cut over its devices, else they go to the first one.
+    """
     import jax
     import jax.numpy as jnp
 
+    from jaxserve.models.checkpoint import abstract_params, load_state
     from jaxserve.models.hf_layout import decoder_weights
+    from jaxserve.models.partition import param_shardings
+
+    shardings = mesh and param_shardings(mesh, abstract_params(config, dtype=dtype))
+    if source.directory is not None:
+        return load_state(source.directory, config, dtype=dtype, sharding=shardings)
     from jaxserve.models.random_weights import hf_shapes, hf_tensor
 
     shapes = hf_shapes(config)
     host = decoder_weights(config, lambda name: hf_tensor(name, shapes[name], seed=seed))
-    return jax.tree.map(lambda array: jnp.asarray(array, dtype), host)
+    if shardings is None:
+        return jax.tree.map(lambda array: jnp.asarray(array, dtype), host)
+    return jax.tree.map(
+        lambda array, where: jax.device_put(array.astype(jnp.dtype(dtype)), where), host, shardings
+    )

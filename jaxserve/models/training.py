@@ -189,8 +189,11 @@ def make_optimiser(weight_decay: float) -> optax.GradientTransformation:
     """
 
     def muon_matrices(params: optax.Params) -> Any:
-        def matrix(path: tuple[Any, ...], _: Array) -> optax.contrib.MuonDimensionNumbers | None:
-            return optax.contrib.MuonDimensionNumbers() if path[-1].key == "kernel" else None
+        def matrix(path: tuple[Any, ...], x: Array) -> optax.contrib.MuonDimensionNumbers | None:
+            if path[-1].key != "kernel":
+                return None
+            outputs = tuple(range(1, x.ndim))  # of a projection: [D, *out_shape]
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=outputs)
 
         return jax.tree_util.tree_map_with_path(matrix, params)
 

@@ -153,7 +153,7 @@ def test_any_damaged_weight_file_is_named(
     [
         ({"mlp_width": 64}, r"mlp\.down\.kernel: got shape \[48, 32\]; wanted \[64, 32\]"),
         ({"tied_embeddings": True}, r"head\.kernel: got shape \[32, 64\]; wanted none"),
-        ({"qkv_bias": True}, r"qkv\.bias: got none; wanted shape \[64\]"),
+        ({"qkv_bias": True}, r"qkv\.bias: got none; wanted shape \[1, 4, 16\]"),
         ({"num_layers": 3}, r"layers\.2\..*: got none; wanted shape"),
     ],
 )

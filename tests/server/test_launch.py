@@ -134,6 +134,7 @@ def test_unknown_and_bad_variables_are_named():
     ("arguments", "message"),
     [
         (["--order=lifo"], "order: got 'lifo'; allowed: fcfs, priority"),
+        (["--mesh=2"], "mesh: got '2'; allowed: auto or tp=<number of devices>"),
         (["--page_size=24"], "page_size: got 24; allowed: 8, 16 ... 256"),
         (["--kv_memory_fraction=2"], "kv_memory_fraction: got 2.0; allowed"),
     ],

@@ -137,7 +137,7 @@ def test_a_server_starts_answers_survives_its_engine_and_leaves_nothing(tmp_path
         address = server.wait_ready()
         assert (
             "*num_pages=256" in server.out
-            and "KV pool: 256 pages of 32 = 8192 tokens" in server.out
+            and "KV pool: 256 pages of 64 = 16384 tokens" in server.out
         )
         pasted = server.out.strip().splitlines()[-1].removeprefix("try: jaxserve ").split()
 

@@ -113,21 +113,27 @@ async def run_once(
 
 def decode_alone(rows: int, context: int, *, steps: int = 32, repeats: int = 5) -> float:
     """Greedy tokens/s of slices of `steps` steps, all rows around `context` tokens; the best."""
+    from jaxserve.config import CacheConfig
     from jaxserve.engine.batch import BatchShape, Bucket
+    from jaxserve.engine.build import TILE
+    from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor
     from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
     from jaxserve.models.sources import load_weights, parse_source
 
-    config, page_size, tile = SHAPES[MODEL], 32, 32
+    config, page_size, tile = SHAPES[MODEL], CacheConfig().page_size, TILE
     # The measured slices lie around `context`: half of them before, half after.
     half = (repeats + 1) * steps // 2
     start, longest = max(1, context - half), context + half + steps
     row_pages = -(-longest // page_size)
-    weights = load_weights(parse_source(f"random:{MODEL}"), config, dtype="float32", seed=0)
+    mesh = open_mesh("auto", config)
+    source = parse_source(f"random:{MODEL}")
+    weights = load_weights(source, config, dtype="float32", seed=0, mesh=mesh)
     prompt_tiles = -(-start // tile)
     executor = JaxExecutor(
         config,
         weights,
+        mesh=mesh,
         shape=BatchShape(
             tile=tile,
             table_pages=-(-config.max_context // page_size),
