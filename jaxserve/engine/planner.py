@@ -107,7 +107,7 @@ class Planner:
     def _view(self, now_s: float) -> SlicingView:
         rows = self._decoding()
         waiting, budget = self._core.statistics_now, self._config.scheduler.max_prefill_tokens
-        prompts = sum(row.length - row.computed for row in self._prefilling())
+        prompts = sum(self._tiled(row.length - row.computed) for row in self._prefilling())
         full = waiting.waiting > len(self._free_slots) or self._blocked
         return SlicingView(
             now_s=now_s,
@@ -120,15 +120,20 @@ class Planner:
             cut_prompts=prompts + self._admissible_tokens(budget) > budget,
         )
 
+    def _tiled(self, num_tokens: int) -> int:
+        """What a chunk takes of the token budget: whole tiles."""
+        return -(-num_tokens // self._config.tile) * self._config.tile
+
     def _admissible_tokens(self, most: int) -> int:
-        """Prompt tokens of the waiting requests that free slots could take; stops beyond `most`."""
+        """What the prompts of the waiting requests that free slots could take need of the token
+        budget; stops beyond `most`."""
         tokens, slots = 0, len(self._free_slots)
         for number in self._core.order.waiting():
             job = self._core.jobs[number]
             slots -= len(job.sequences)
             if slots < 0 or tokens > most:
                 break
-            tokens += max(row.length for row in job.sequences)
+            tokens += self._tiled(max(row.length for row in job.sequences))
         return tokens
 
     def _plan_decode(self, steps: int) -> None:

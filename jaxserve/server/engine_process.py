@@ -9,6 +9,7 @@ to drain is the parent's decision. The parent ends this process by closing its s
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -135,6 +136,10 @@ async def _serve(
         on_failure=on_failure,
         progress=lambda text: say(Progress(text)),
     )
+    # Tracing leaves 300,000 objects that live on. A collection that walks them stops the dispatch
+    # thread for an eighth of a second (measured), so they are no longer walked.
+    gc.collect()
+    gc.freeze()
     description = describe(driver.info, driver.limits, replica=launch.config.replica)
     service = EngineService(
         driver, description=description, clock=MonotonicClock(), restarts=launch.restarts
