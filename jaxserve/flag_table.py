@@ -84,7 +84,7 @@ def _sampling(name: str, text: str) -> Flag:
 MODEL: Final = Group(
     "model",
     (
-        _engine("model", "model", "demo, random:<shape> or orbax:<directory>"),
+        _engine("model", "model", "demo, random:<shape>, orbax:<directory> or hf:<directory>"),
         _engine("dtype", "dtype", "of weights and activations: auto, float32 or bfloat16"),
         _engine("mesh", "mesh", "tensor parallelism: tp=<devices>, or auto (one per CPU core)"),
         _engine("kernels", "kernels", "backend of the array operations; auto picks by device"),

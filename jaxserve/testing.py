@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxserve.kernels import sampling
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.decoder import Decoder, Init, causal_attend
+from jaxserve.models.decoder import Decoder, Init, causal_attention
 from jaxserve.request import MAX_STOP_TOKEN_IDS, SamplingParams
 
 
@@ -30,11 +30,12 @@ class FullRecompute:
         graphdef, state = nnx.split(abstract)
         nnx.replace_by_pure_dict(state, weights)
         self._config, self._length, self._state = config, length, state
+        attend = causal_attention(config)
 
         def forward(state: Any, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
             decoder = nnx.merge(graphdef, state)
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-            hidden_BTD, _ = decoder(tokens_BT, position_BT, causal_attend, None)
+            hidden_BTD, _ = decoder(tokens_BT, position_BT, attend, None)
             return decoder.logits(hidden_BTD[jnp.arange(len(last_B)), last_B])
 
         self._forward = jax.jit(forward)

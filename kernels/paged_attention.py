@@ -42,7 +42,9 @@ _GROUP_BLOCKS: Final = 4
 _LOWEST: Final = float(np.finfo(np.float32).min)
 
 
-def paged_attention_reference(q_BQHC: Any, pages: Any, table_BP: Any, len_B: Any, start_B: Any):
+def paged_attention_reference(
+    q_BQHC: Any, pages: Any, table_BP: Any, len_B: Any, start_B: Any, *, window: int | None = None
+):
     """What the operation means, for numpy or jax arrays; see `paged_attention`.
 
     Computes in the widest of the operands' types, at least float32, so that float64 numpy
@@ -62,6 +64,8 @@ def paged_attention_reference(q_BQHC: Any, pages: Any, table_BP: Any, len_B: Any
     last_BQ = start_B[:, None] + xp.arange(Q)[None, :]
     last_BQ = xp.minimum(last_BQ, len_B[:, None] - 1)
     visible_BQT = xp.arange(T)[None, None, :] <= last_BQ[:, :, None]
+    if window is not None:
+        visible_BQT &= xp.arange(T)[None, None, :] > last_BQ[:, :, None] - window
     seen_BT = visible_BQT.any(axis=1)
     k_BTKC = xp.where(seen_BT[:, :, None, None], k_BTKC, 0)
     v_BTKC = xp.where(seen_BT[:, :, None, None], v_BTKC, 0)
@@ -78,7 +82,7 @@ def paged_attention_reference(q_BQHC: Any, pages: Any, table_BP: Any, len_B: Any
 # -- Block path: any platform, any number of queries --------------------------------------------
 
 
-def _attend_blocks(q_BQHC, pages: KvPages, table_BP, len_B, start_B):
+def _attend_blocks(q_BQHC, pages: KvPages, table_BP, len_B, start_B, *, window: int | None):
     """Groups of blocks in turn; in each, a running softmax over chunks of pages."""
     B, Q, H, C = q_BQHC.shape
     K = pages.k_NKCS.shape[1]
@@ -97,20 +101,25 @@ def _attend_blocks(q_BQHC, pages: KvPages, table_BP, len_B, start_B):
     groups = [padded(x, 0, X).reshape(-1, X, *x.shape[1:]) for x in operands]
 
     def one_group(group):
-        return _attend_group(*group, pages=pages, Q=Q, R=R)
+        return _attend_group(*group, pages=pages, Q=Q, R=R, window=window)
 
     o_BKMC = lax.map(one_group, tuple(groups)).reshape(-1, *q_BKMC.shape[1:])[:B]
     o_BQKGC = o_BKMC.reshape(B, K, H // K, Q, C).transpose(0, 3, 1, 2, 4)
     return o_BQKGC.reshape(B, Q, H, C).astype(q_BQHC.dtype)
 
 
-def _attend_group(q_XKMC, table_XP, len_X, start_X, *, pages: KvPages, Q: int, R: int):
+def _attend_group(
+    q_XKMC, table_XP, len_X, start_X, *, pages: KvPages, Q: int, R: int, window: int | None
+):
     """Blocks side by side, as many chunks as the longest of them needs."""
     S = pages.page_size
     G = q_XKMC.shape[2] // Q
     last_XM = jnp.tile(start_X[:, None] + jnp.arange(Q)[None, :], (1, G))
     last_XM = jnp.minimum(last_XM, len_X[:, None] - 1)  # the last key each query sees
     num_chunks = (last_XM.max() + R * S) // (R * S)
+    first_chunk = jnp.int32(0)
+    if window is not None:
+        first_chunk = jnp.maximum(0, last_XM.min() + 1 - window) // (R * S)
 
     def chunk(j, carry):
         m_XKM1, l_XKM1, o_XKMC = carry
@@ -119,6 +128,8 @@ def _attend_group(q_XKMC, table_XP, len_X, start_X, *, pages: KvPages, Q: int, R
         v_XRKSC = pages.v_NKSC.at[id_XR].get(mode="clip").astype(jnp.float32)
         at_RS = j * R * S + jnp.arange(R * S, dtype=jnp.int32).reshape(R, S)
         visible_XMRS = at_RS[None, None] <= last_XM[:, :, None, None]
+        if window is not None:
+            visible_XMRS &= at_RS[None, None] > last_XM[:, :, None, None] - window
         s_XKMRS = jnp.einsum("xkmc,xrkcs->xkmrs", q_XKMC, k_XRKCS)
         s_XKMRS = jnp.where(visible_XMRS[:, None], s_XKMRS, -jnp.inf)
         # `m` starts at the lowest number, not at -inf: -inf - -inf would be NaN.
@@ -133,26 +144,26 @@ def _attend_group(q_XKMC, table_XP, len_X, start_X, *, pages: KvPages, Q: int, R
 
     zero_XKM1 = jnp.zeros((*q_XKMC.shape[:3], 1), jnp.float32)
     start = (zero_XKM1 + _LOWEST, zero_XKM1, jnp.zeros_like(q_XKMC))
-    _, l_XKM1, o_XKMC = lax.fori_loop(0, num_chunks, chunk, start)
+    _, l_XKM1, o_XKMC = lax.fori_loop(first_chunk, num_chunks, chunk, start)
     return o_XKMC / jnp.where(l_XKM1 > 0, l_XKM1, 1)
 
 
 # -- Decode path for CPUs: one query per row ----------------------------------------------------
 
 
-def _attend_cpu(q_BQHC, pages: KvPages, table_BP, len_B, start_B):
+def _attend_cpu(q_BQHC, pages: KvPages, table_BP, len_B, start_B, *, window: int | None):
     """One query per row: one native kernel, on one thread; tensor parallelism brings more."""
     B, Q, H, C = q_BQHC.shape
     if Q > 1:
-        return _attend_blocks(q_BQHC, pages, table_BP, len_B, start_B)
+        return _attend_blocks(q_BQHC, pages, table_BP, len_B, start_B, window=window)
     K = pages.k_NKCS.shape[1]
     q_BKGC = q_BQHC.reshape(B, K, H // K, C).astype(jnp.float32) * C**-0.5
     visible_B = jnp.clip(jnp.minimum(len_B, start_B + 1), 0)
-    o_BKGC = one_kernel(_decode, q_BKGC, pages, table_BP, visible_B)
+    o_BKGC = one_kernel(partial(_decode, window=window), q_BKGC, pages, table_BP, visible_B)
     return o_BKGC.reshape(B, 1, H, C).astype(q_BQHC.dtype)
 
 
-def _decode(q_BKGC, pages: KvPages, table_BP, len_B):
+def _decode(q_BKGC, pages: KvPages, table_BP, len_B, *, window: int | None):
     """Row by row and head by head: all scores, then their softmax while values are summed.
 
     Written for `one_kernel`: `lax` only, elementwise work in plain loops, no reductions. Sums over
@@ -171,6 +182,8 @@ def _decode(q_BKGC, pages: KvPages, table_BP, len_B):
         len_ = take(len_B, (b,), (1,))[0]
         q_GC = take(q_BKGC, (b, k, 0, 0), (1, 1, G, C))[0, 0]
         num_pages = lax.div(len_ + (S - 1), jnp.int32(S))
+        first_key = jnp.int32(0) if window is None else lax.max(len_ - window, jnp.int32(0))
+        first_page = lax.div(first_key, jnp.int32(S))
 
         def score_page(j, carry):
             s_PGS, m_GS = carry
@@ -185,10 +198,13 @@ def _decode(q_BKGC, pages: KvPages, table_BP, len_B):
                 return s_GS
 
             s_GS = lax.fori_loop(0, C // _UNROLL, channels, jnp.zeros((G, S), jnp.float32))
-            s_GS = lax.select(slot_GS < len_ - j * S, s_GS, lowest_GS)
+            visible_GS = slot_GS < len_ - j * S
+            if window is not None:
+                visible_GS &= slot_GS >= first_key - j * S
+            s_GS = lax.select(visible_GS, s_GS, lowest_GS)
             return put(s_PGS, s_GS[None], (j, 0, 0)), lax.max(m_GS, s_GS)
 
-        s_PGS, m_GS = lax.fori_loop(0, num_pages, score_page, (s_PGS, lowest_GS))
+        s_PGS, m_GS = lax.fori_loop(first_page, num_pages, score_page, (s_PGS, lowest_GS))
         m_GS = lax.broadcast_in_dim(_fold(lax.max, m_GS)[:, 0], (G, S), (0,))
 
         def sum_page(j, carry):
@@ -212,7 +228,7 @@ def _decode(q_BKGC, pages: KvPages, table_BP, len_B):
             return l_GS + p_GS, o_GC
 
         nothing = (jnp.zeros((G, S), jnp.float32), jnp.zeros((G, C), jnp.float32))
-        l_GS, o_GC = lax.fori_loop(0, num_pages, sum_page, nothing)
+        l_GS, o_GC = lax.fori_loop(first_page, num_pages, sum_page, nothing)
         l_G1 = _fold(lax.add, l_GS)
         o_GC = o_GC / lax.select(l_G1 > 0, l_G1, lax.full_like(l_G1, 1))
         return put(out_BKGC, o_GC[None, None], (b, k, 0, 0)), s_PGS
@@ -242,6 +258,7 @@ def paged_attention(
     len_B: Int[Array, " B"],
     start_B: Int[Array, " B"],
     *,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B Q H C"]:
     """Attend from blocks of consecutive queries to the pages of their rows; returns out_BQHC.
@@ -250,6 +267,7 @@ def paged_attention(
     block's own keys included. Its query i stands at position `start_B[b] + i` and sees the keys at
     positions 0..start+i, never past the length; queries at or past the length are padding, and
     what is returned for them is finite and means nothing. A block of length 0 returns zeros.
+    With a `window`, position p sees the `window` newest keys up to its own (Beltagy et al. 2020).
     Query head h reads kv head h // G. Scores are scaled by C ** -0.5; the softmax and all sums are
     float32, whatever the types of queries and pages.
 
@@ -264,4 +282,4 @@ def paged_attention(
             " heads must be a multiple of the kv heads, and channels equal"
         )
     attend = _BACKENDS[backends.resolve(backend)]
-    return attend(q_BQHC, pages, table_BP, len_B, start_B)
+    return attend(q_BQHC, pages, table_BP, len_B, start_B, window=window)

@@ -111,6 +111,7 @@ class JaxExecutor:
                 shape=shape,
                 eos_token_ids=config.eos_token_ids,
                 num_layers=config.num_layers,
+                window=config.sliding_window,
                 loop_layers=resolve(kernels) == "cpu",
                 kernels=kernels,
             )

@@ -82,6 +82,7 @@ class SliceProgram:
     shape: BatchShape
     eos_token_ids: tuple[int, ...]
     num_layers: int
+    window: int | None
     loop_layers: bool
     kernels: str
 
@@ -138,6 +139,7 @@ class SliceProgram:
                 table_BP[rows.tile_row_N],
                 rows.tile_start_N + rows.tile_valid_N,
                 rows.tile_start_N,
+                window=self.window,
                 backend=self.kernels,
             )
             decode_BHC = self._attend_rows(q_XHC[T:], pages, table_BP, length_B)
@@ -149,7 +151,13 @@ class SliceProgram:
     def _attend_rows(self, q_BHC: Array, pages: KvPages, table_BP: Array, length_B: Array) -> Array:
         """One query per row, its newest token, over the `length_B` keys it has."""
         out_B1HC = paged_attention(
-            q_BHC[:, None], pages, table_BP, length_B, length_B - 1, backend=self.kernels
+            q_BHC[:, None],
+            pages,
+            table_BP,
+            length_B,
+            length_B - 1,
+            window=self.window,
+            backend=self.kernels,
         )
         return out_B1HC[:, 0]
 

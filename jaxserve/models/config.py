@@ -35,8 +35,10 @@ class ModelConfig:
     """Shape and variants of one decoder-only transformer.
 
     Heads share keys and values in groups of `num_heads / num_kv_heads`; head h reads kv head
-    h // group. `max_context` counts prompt and output tokens. A sample ends at any of
-    `eos_token_ids`; `bos_token_id` starts every tokenised prompt when it is set.
+    h // group. `qk_norm` normalises each head's queries and keys before they are rotated;
+    `sliding_window` lets a token see so many of the newest ones only. `max_context` counts prompt
+    and output tokens. A sample ends at any of `eos_token_ids`; `bos_token_id` starts every
+    tokenised prompt when it is set.
     """
 
     name: str
@@ -52,6 +54,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -63,6 +67,10 @@ class ModelConfig:
             raise ConfigError(
                 f"num_heads: got {self.num_heads}; allowed: a multiple of num_kv_heads"
                 f" ({self.num_kv_heads})"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(
+                f"sliding_window: got {self.sliding_window}; allowed: 1 or more, none"
             )
         if self.head_dim % 2:
             raise ConfigError(
@@ -81,6 +89,7 @@ class ModelConfig:
         layer = self.width * heads + self.num_heads * self.head_dim * self.width
         layer += 3 * self.width * self.mlp_width + 2 * self.width
         layer += heads if self.qkv_bias else 0
+        layer += 2 * self.head_dim if self.qk_norm else 0
         embeddings = self.vocab_size * self.width * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.width
 

@@ -63,9 +63,22 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * inverse).astype(x.dtype) * _along_last(self.scale[...], x)
+        return _normalise(x, self.eps) * _along_last(self.scale[...], x)
+
+
+class QkNorm(nnx.Module):
+    """The RMS norm of each head's queries, and another of its keys (Qwen 3; Henry et al. 2020)."""
+
+    def __init__(self, config: ModelConfig, *, init: "Init"):
+        self.q_scale = nnx.Param(jnp.ones((config.head_dim,), init.dtype))
+        self.k_scale = nnx.Param(jnp.ones((config.head_dim,), init.dtype))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Float[Array, "... K G1 C"]) -> Float[Array, "... K G1 C"]:
+        """`x` holds, per kv head, its G query heads and then its key."""
+        group = x.shape[-2] - 1
+        scale = jnp.stack([self.q_scale[...]] * group + [self.k_scale[...]])
+        return _normalise(x, self.eps) * scale.reshape((1,) * (x.ndim - 2) + scale.shape)
 
 
 class Attention(nnx.Module):
@@ -81,6 +94,7 @@ class Attention(nnx.Module):
             config.width, (kv_heads, group + 2, head_dim), bias=config.qkv_bias, init=init
         )
         self.out = Projection(config.num_heads * head_dim, (config.width,), bias=False, init=init)
+        self.qk_norm = QkNorm(config, init=init) if config.qk_norm else None
         self.group = group
 
     def project(
@@ -88,7 +102,10 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Rotated queries [..., H, C] and keys [..., K, C], and values [..., K, C]."""
         qkv = self.qkv(x)
-        rotated = rotate(qkv[..., : self.group + 1, :], rotation)
+        qk = qkv[..., : self.group + 1, :]
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        rotated = rotate(qk, rotation)
         q, k = rotated[..., : self.group, :], rotated[..., self.group, :]
         return q.reshape(*x.shape[:-1], -1, q.shape[-1]), k, qkv[..., self.group + 1, :]
 
@@ -234,6 +251,12 @@ def _after_attention(graphdef: Any, weights: Any, x: Array, attended: Array) -> 
     return nnx.merge(graphdef, weights).after_attention(x, attended)
 
 
+def _normalise(x: Array, eps: float) -> Array:
+    x32 = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype)
+
+
 def _sum_over(axis: str | None, x: Array) -> Array:
     return x if axis is None else lax.psum(x, axis)
 
@@ -277,6 +300,13 @@ def _along_last(x_D: Array, like: Array) -> Array:
     return x_D.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def causal_attend(layer: Any, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
-    """An `Attend` without memory: full causal attention, q [B, T, H, C], k and v [B, T, K, C]."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True), memory
+def causal_attention(config: ModelConfig) -> Attend:
+    """Attention without memory, as the model has it: q [B, T, H, C], k and v [B, T, K, C]."""
+    window = config.sliding_window
+    newest = None if window is None else (window - 1, 0)
+
+    def attend(layer: Any, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=newest)
+        return out, memory
+
+    return attend

@@ -1,12 +1,15 @@
-"""Where a model comes from: `demo`, `random:<shape>`, `orbax:<dir>`.
+"""Where a model comes from: `demo`, `random:<shape>`, `orbax:<dir>`, `hf:<dir>`.
 
 Importing it loads no JAX; loading weights does.
 
-A model directory holds config.json, weights/ and, if it speaks text, tokenizer.json.
+A model directory of ours (`orbax:`) holds config.json, weights/ and, if it speaks text,
+tokenizer.json; one of Hugging Face's (`hf:`) config.json, safetensors files and the same.
 """
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +18,48 @@ from jaxserve.models.config import SHAPES, ModelConfig
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 
+# Tensors being read, laid out and cast at a time; each costs memory beside the weights.
+_LOADING_THREADS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A parsed `--model`: a directory, or (`directory` None) random weights of a named shape."""
+    """A parsed `--model`. `kind` is random, orbax or hf; random weights have a `shape`, the others
+    a `directory`."""
 
     text: str
+    kind: str
     shape: ModelConfig | None = None
-    directory: Path | None = None
+    directory: Path = Path()
 
 
 def parse_source(text: str) -> ModelSource:
     """Raises ConfigError for a source that is unknown or a directory that is not there."""
     kind, _, value = text.partition(":")
     if text == "demo":
-        return ModelSource(text, directory=DEMO_DIRECTORY)
+        return ModelSource(text, "orbax", directory=DEMO_DIRECTORY)
     if kind == "random":
         if value not in SHAPES:
             near = difflib.get_close_matches(value, SHAPES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"model: got {text!r}; allowed shapes: {', '.join(SHAPES)}{hint}")
-        return ModelSource(text, shape=SHAPES[value])
-    if kind == "orbax" and value:
+        return ModelSource(text, kind, shape=SHAPES[value])
+    if kind in ("orbax", "hf") and value:
         directory = Path(value)
         if not directory.is_dir():
             raise ConfigError(f"model: {text!r}: there is no directory {value!r}")
-        return ModelSource(text, directory=directory)
-    raise ConfigError(f"model: got {text!r}; allowed: demo, random:<shape>, orbax:<directory>")
+        return ModelSource(text, kind, directory=directory)
+    raise ConfigError(
+        f"model: got {text!r}; allowed: demo, random:<shape>, orbax:<directory>, hf:<directory>"
+    )
 
 
 def tokenizer_path(text: str) -> Path | None:
     """The tokenizer.json of a source; None when it serves token ids only."""
-    directory = parse_source(text).directory
-    if directory is None:
+    source = parse_source(text)
+    if source.kind == "random":
         return None
-    path = directory / "tokenizer.json"
+    path = source.directory / "tokenizer.json"
     return path if path.exists() else None
 
 
@@ -57,35 +67,80 @@ def load_model_config(source: ModelSource) -> ModelConfig:
     """The model's shape. Raises ConfigError when its config.json is missing or damaged."""
     if source.shape is not None:
         return source.shape
+    if source.kind == "hf":
+        from jaxserve.models.hf_config import read_generation_fields, read_hf_config, token_ids
+
+        config = read_hf_config(source.directory)
+        eos = token_ids(read_generation_fields(source.directory).get("eos_token_id"))
+        return replace(config, eos_token_ids=eos) if eos else config
     from jaxserve.models.checkpoint import load_config
 
-    assert source.directory is not None
     return load_config(source.directory)
 
 
 def load_weights(
-    source: ModelSource, config: ModelConfig, *, dtype: str, seed: int, mesh: Any = None
+    source: ModelSource,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    seed: int,
+    mesh: Any = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """The decoder's weights as a nested dict of arrays in `dtype`.
 
     With a `jax.sharding.Mesh` they are cut over its devices, else they go to the first one.
+    `progress` hears of bytes done and in all, as they will lie in memory. Raises ConfigError for
+    files that are missing, damaged or not what the configuration says.
     """
     import jax
     import jax.numpy as jnp
 
     from jaxserve.models.checkpoint import abstract_params, load_state
-    from jaxserve.models.hf_layout import decoder_weights
+    from jaxserve.models.hf_layout import decoder_tensors, hf_shapes
     from jaxserve.models.partition import param_shardings
 
-    shardings = mesh and param_shardings(mesh, abstract_params(config, dtype=dtype))
-    if source.directory is not None:
+    target = abstract_params(config, dtype=dtype)
+    if mesh is not None:
+        target = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            target,
+            param_shardings(mesh, target),
+        )
+    if source.kind == "orbax":
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
         return load_state(source.directory, config, dtype=dtype, sharding=shardings)
-    from jaxserve.models.random_weights import hf_shapes, hf_tensor
+    if source.kind == "hf":
+        from jaxserve.models.hf_files import HfFiles
 
-    shapes = hf_shapes(config)
-    host = decoder_weights(config, lambda name: hf_tensor(name, shapes[name], seed=seed))
-    if shardings is None:
-        return jax.tree.map(lambda array: jnp.asarray(array, dtype), host)
-    return jax.tree.map(
-        lambda array, where: jax.device_put(array.astype(jnp.dtype(dtype)), where), host, shardings
-    )
+        read = HfFiles(source.directory, hf_shapes(config)).read
+    else:
+        from jaxserve.models.random_weights import hf_tensor
+
+        shapes = hf_shapes(config)
+
+        def read(name: str):
+            return hf_tensor(name, shapes[name], seed=seed)
+
+    def load(path: tuple[str | int, ...], make: Callable[[], Any]) -> Any:
+        leaf: Any = target
+        for key in path:
+            leaf = leaf[key]
+        return jax.device_put(make().astype(jnp.dtype(dtype)), leaf.sharding)
+
+    weights: dict[Any, Any] = {}
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+    done = 0
+    with ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load") as pool:
+        jobs = [
+            (path, pool.submit(load, path, make)) for path, make in decoder_tensors(config, read)
+        ]
+        for path, job in jobs:
+            *outer, last = path
+            place = weights
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = job.result()
+            done += place[last].nbytes
+            progress(done, total)
+    return weights

@@ -22,7 +22,7 @@ from jax import Array
 from jaxserve.clock import Clock
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.decoder import Decoder, Init, causal_attend
+from jaxserve.models.decoder import Decoder, Init, causal_attention
 from jaxserve.models.training_text import RowSampler, TokenStream, evaluation_rows
 
 Params = dict[str, Any]
@@ -213,7 +213,8 @@ def _token_losses(graph: Any, params: Params, inputs_BT: Array, targets_BT: Arra
     """Nats of each token [B, T]."""
     decoder = nnx.merge(graph, params)
     positions_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
-    hidden_BTD, _ = decoder(inputs_BT, positions_BT, causal_attend, None)
+    attend = causal_attention(decoder.config)
+    hidden_BTD, _ = decoder(inputs_BT, positions_BT, attend, None)
     logits_BTV = decoder.logits(hidden_BTD)
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
 

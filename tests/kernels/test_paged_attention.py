@@ -18,8 +18,8 @@ CAPACITY = P * S
 
 
 @cache
-def jitted(backend):
-    return jax.jit(partial(paged_attention, backend=backend))
+def jitted(backend, window=None):
+    return jax.jit(partial(paged_attention, backend=backend, window=window))
 
 
 def random_batch(seed, lengths, *, Q=1, dtype=jnp.float32):
@@ -37,10 +37,11 @@ def random_batch(seed, lengths, *, Q=1, dtype=jnp.float32):
     return q_BQHC, pages, table_BP, len_B, jnp.maximum(len_B - Q, 0)
 
 
-def in_float64(q_BQHC, pages, table_BP, len_B, start_B):
+def in_float64(q_BQHC, pages, table_BP, len_B, start_B, *, window=None):
     wide = [np.asarray(x, np.float64) for x in (q_BQHC, *pages)]
     rest = [np.asarray(x) for x in (table_BP, len_B, start_B)]
-    return paged_attention_reference(wide[0], KvPages(wide[1], wide[2]), *rest)  # pyright: ignore
+    pages = KvPages(wide[1], wide[2])  # pyright: ignore
+    return paged_attention_reference(wide[0], pages, *rest, window=window)
 
 
 def assert_close(got, want, *, relative=1e-5):
@@ -64,12 +65,21 @@ def test_the_reference_is_softmax_attention_over_the_row_so_far():
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+@pytest.mark.parametrize("window", [None, 1, 11])
 @pytest.mark.parametrize("Q", [1, 4])
 @settings(max_examples=8)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(1, CAPACITY), min_size=5, max_size=5))
-def test_ragged_batches_agree_with_float64(backend, Q, seed, lengths):
+def test_ragged_batches_agree_with_float64(backend, Q, window, seed, lengths):
     batch = random_batch(seed, lengths, Q=Q)
-    assert_close(np.asarray(jitted(backend)(*batch)), in_float64(*batch))
+    got = np.asarray(jitted(backend, window)(*batch))
+    assert_close(got, in_float64(*batch, window=window))
+
+
+def test_a_window_leaves_the_newest_keys():
+    q_BQHC, pages, table_BP, len_B, start_B = random_batch(3, [19])
+    newest = table_BP[:, 1:], len_B - S, start_B - S  # positions 8 to 18: the newest 11
+    want = in_float64(q_BQHC, pages, *newest)
+    assert_close(in_float64(q_BQHC, pages, table_BP, len_B, start_B, window=11), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

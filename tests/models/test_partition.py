@@ -14,7 +14,7 @@ from jaxserve.engine.devices import open_mesh
 from jaxserve.errors import ConfigError
 from jaxserve.models.checkpoint import abstract_params
 from jaxserve.models.config import SHAPES, ModelConfig
-from jaxserve.models.decoder import Decoder, Init, causal_attend
+from jaxserve.models.decoder import Decoder, Init, causal_attention
 from jaxserve.models.partition import TP, param_shardings, partition_specs, share_of, tensor_mesh
 
 TINY = SHAPES["tiny"]
@@ -50,7 +50,7 @@ def test_shares_together_compute_what_the_whole_computes(config: ModelConfig, lo
     position_BT = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
 
     def logits(decoder: Decoder) -> jax.Array:
-        hidden_BTD, _ = decoder(token_BT, position_BT, causal_attend, None, loop=loop)
+        hidden_BTD, _ = decoder(token_BT, position_BT, causal_attention(config), None, loop=loop)
         return decoder.logits(hidden_BTD)
 
     mesh = tensor_mesh(2)

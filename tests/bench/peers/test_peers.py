@@ -13,7 +13,8 @@ from jaxserve.bench.peers.weights import gguf_tensor
 from jaxserve.bench.peers.workload import make_requests
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import SHAPES
-from jaxserve.models.random_weights import hf_shapes, hf_state_dict
+from jaxserve.models.hf_layout import hf_shapes
+from jaxserve.models.random_weights import hf_state_dict
 
 TINY = SHAPES["tiny"]
 
