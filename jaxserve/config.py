@@ -114,5 +114,7 @@ class EngineConfig:
         _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
         mesh = re.fullmatch(r"auto|tp=[1-9]\d{0,3}", self.mesh) is not None
         _require(mesh, "mesh", self.mesh, "auto or tp=<number of devices>")
+        read = self.mesh == "auto" or self.executor == "jax"
+        _require(read, "mesh", self.mesh, "auto unless --executor=jax")
         read = not self.profile or self.executor == "paced"
         _require(read, "profile", self.profile, "unset unless --executor=paced")

@@ -126,7 +126,7 @@ def _build_jax(
         f" {mesh.size} x {device.device_kind}"
     )
     page_size = config.cache.page_size
-    num_pages = _num_pages(config, model, jnp.dtype(dtype).itemsize, device)
+    num_pages = _num_pages(config, model, jnp.dtype(dtype).itemsize, mesh)
     shape = BatchShape(
         tile=TILE,
         table_pages=-(-model.max_context // page_size),
@@ -200,11 +200,11 @@ def _pages_rows_can_use(config: EngineConfig, model: ModelConfig) -> int:
     return config.scheduler.max_rows * -(-model.max_context // config.cache.page_size)
 
 
-def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, device) -> int:
+def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, mesh) -> int:
     """As many pages as `memory_fraction` of free memory holds, and rows can use."""
     if config.cache.num_pages is not None:
         return config.cache.num_pages
-    free_bytes = _free_bytes(device)
+    free_bytes = _free_bytes(mesh)
     page_bytes = model.kv_bytes_per_token(value_bytes) * config.cache.page_size
     fit = int(free_bytes * config.cache.memory_fraction) // page_bytes
     if fit < 2:
@@ -216,8 +216,9 @@ def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, devic
     return min(fit, _pages_rows_can_use(config, model))
 
 
-def _free_bytes(device) -> int:
-    statistics = device.memory_stats()
-    if statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+def _free_bytes(mesh) -> int:
+    """Free on all devices of the mesh, each of which holds an equal part of every page."""
+    statistics = [device.memory_stats() for device in mesh.devices.flat]
+    if all(statistics):
+        return len(statistics) * min(s["bytes_limit"] - s["bytes_in_use"] for s in statistics)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

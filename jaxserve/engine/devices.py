@@ -21,6 +21,7 @@ def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
     is one device. Raises ConfigError when the model cannot be cut so or devices are missing.
     """
     wanted = None if mesh == "auto" else int(mesh.removeprefix("tp="))
+    share_of(config, wanted or 1)
     threads = wanted or _devices_for_cores(config)
     try:
         jax.config.update("jax_num_cpu_devices", threads)
@@ -28,7 +29,6 @@ def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
         threads = min(threads, len(jax.devices()))  # JAX runs already, with the devices it has
     if wanted is None:
         wanted = threads if jax.default_backend() == "cpu" else 1
-    share_of(config, wanted)
     return tensor_mesh(wanted)
 
 

@@ -57,6 +57,7 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "attention_bias": (False,),
     "pretraining_tp": (1,),
     "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
 }
 
 
@@ -102,6 +103,11 @@ def _model_config(fields: Fields, *, name: str) -> ModelConfig:
     for field, allowed in _ONLY.items():
         if field in fields and fields[field] not in allowed:
             raise _refused(field, fields[field], " or ".join(map(repr, allowed)))
+    window = family.window(fields)
+    types = set(fields.get("layer_types") or ())
+    uniform = "full_attention" if window is None else "sliding_attention"
+    if types - {uniform}:
+        raise _refused("layer_types", sorted(types), f"{uniform!r} in all layers")
     width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
     return ModelConfig(
         name=name,
@@ -118,7 +124,7 @@ def _model_config(fields: Fields, *, name: str) -> ModelConfig:
         tied_embeddings=fields.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        sliding_window=family.window(fields),
+        sliding_window=window,
         eos_token_ids=token_ids(fields.get("eos_token_id")),
         bos_token_id=fields.get("bos_token_id"),
     )
@@ -135,6 +141,8 @@ def _rope(fields: Fields) -> RopeConfig:
     """Both spellings: `rope_theta` with `rope_scaling`, and `rope_parameters` (transformers 5)."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refused("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     match kind:
         case "default":

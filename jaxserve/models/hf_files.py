@@ -45,11 +45,6 @@ class HfFiles:
         """One tensor, in the dtype it is stored in."""
         return self._file(self._place[name]).get_tensor(name)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the files that hold wanted tensors."""
-        return sum(path.stat().st_size for path in set(self._place.values()))
-
     def _file(self, path: Path) -> Any:
         if path not in self._open:
             try:

@@ -135,6 +135,10 @@ def test_every_family_has_a_fixture() -> None:
         ),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'; allowed: 'silu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: got 'yarn'; allowed: default"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: got .*; allowed: 'full",
+        ),
         ({"attention_bias": True}, "attention_bias: got True; allowed: False"),
         ({"hidden_size": None}, "config.json: "),
         ({"num_key_value_heads": 3}, "num_heads: got 4; allowed: a multiple of num_kv_heads"),
@@ -160,6 +164,16 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
 def load(directory: Path):
     source = parse_source(f"hf:{directory}")
     return load_weights(source, load_model_config(source), dtype="float32", seed=0)
+
+
+def test_bfloat16_files_are_read(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama2")
+    shapes = hf_shapes(read_hf_config(tmp_path))
+    rounded = {key: family_tensor(key, shapes[key]).astype(jnp.bfloat16) for key in shapes}
+    save_file(rounded, tmp_path / "model.safetensors")
+    got = load(tmp_path)["layers"][2]["mlp"]["down"]["kernel"]
+    want = rounded["model.layers.2.mlp.down_proj.weight"].T.astype(np.float32)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:

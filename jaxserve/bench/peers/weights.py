@@ -116,10 +116,11 @@ def write_gguf(config: ModelConfig, weights: dict[str, np.ndarray], path: Path) 
 
 
 def _require_plain_llama(config: ModelConfig) -> None:
-    if config.rope.scaling != "none" or config.qkv_bias:
+    if config.rope.scaling != "none" or config.qkv_bias or config.qk_norm or config.sliding_window:
         raise ConfigError(
-            f"{config.name}: got rope scaling {config.rope.scaling!r} and qkv_bias"
-            f" {config.qkv_bias}; the peers' files are written for plain Llama shapes only,"
+            f"{config.name}: got rope scaling {config.rope.scaling!r}, qkv_bias"
+            f" {config.qkv_bias}, qk_norm {config.qk_norm} and sliding_window"
+            f" {config.sliding_window}; the peers' files are written for plain Llama shapes only,"
             " such as llama-14m"
         )
 
