@@ -1,7 +1,7 @@
 """A request and its answer as plain records. Knows no transport, no engine and no JAX.
 
 `check_request` is the one place where a request's fields are judged; front end and engine both
-call it.
+call it. Defaults that a model brings along are judged by its part `check_sampling`.
 """
 
 import enum
@@ -146,7 +146,7 @@ def check_request(request: Request, limits: Limits) -> None:
         raise BadRequest("priority", request.priority, allowed)
     _check_prompt(request.prompt, limits)
     _check_lengths(request, limits)
-    _check_sampling(request.params)
+    check_sampling(request.params)
     _check_stops(request.params, limits)
 
 
@@ -189,7 +189,8 @@ def _check_number(
         raise BadRequest(name, value, f"a number in {bracket}{least:g}, {most:g}]")
 
 
-def _check_sampling(params: SamplingParams) -> None:
+def check_sampling(params: SamplingParams) -> None:
+    """Judge what holds in every deployment: ranges of numbers. Raises BadRequest."""
     _check_number("temperature", params.temperature, 0.0, 100.0)
     _check_number("top_p", params.top_p, 0.0, 1.0, open_least=True)
     _check_number("min_p", params.min_p, 0.0, 1.0)

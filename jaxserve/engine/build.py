@@ -17,6 +17,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.info import ModelInfo
 from jaxserve.models.sources import ModelSource, load_model_config, load_weights, parse_source
+from jaxserve.models.text_files import check_vocabulary, tokenizer_file
 from jaxserve.request import Limits
 
 TILE = 32
@@ -32,6 +33,9 @@ def build_engine(
     """
     source = parse_source(config.model)
     model = load_model_config(source)
+    tokenizer = tokenizer_file(source)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.vocab_size)
     if config.executor == "jax":
         executor, info = _build_jax(config, source, model, progress)
     else:

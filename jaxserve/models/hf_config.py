@@ -68,7 +68,7 @@ def _refused(field: str, got: object, allowed: str) -> ConfigError:
 def read_hf_config(directory: Path) -> ModelConfig:
     """The model's shape. Raises ConfigError naming file, field, got and allowed."""
     path = directory / CONFIG_FILE
-    fields = _read_json(path)
+    fields = read_json(path)
     try:
         config = _model_config(fields, name=directory.resolve().name)
     except KeyError as error:
@@ -83,10 +83,11 @@ def read_hf_config(directory: Path) -> ModelConfig:
 def read_generation_fields(directory: Path) -> dict[str, Any]:
     """The fields of generation_config.json; none when there is no such file."""
     path = directory / GENERATION_FILE
-    return _read_json(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError for a file that cannot be read or holds something else."""
     try:
         fields = json.loads(path.read_text("utf-8"))
     except OSError as error:

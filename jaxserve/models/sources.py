@@ -54,15 +54,6 @@ def parse_source(text: str) -> ModelSource:
     )
 
 
-def tokenizer_path(text: str) -> Path | None:
-    """The tokenizer.json of a source; None when it serves token ids only."""
-    source = parse_source(text)
-    if source.kind == "random":
-        return None
-    path = source.directory / "tokenizer.json"
-    return path if path.exists() else None
-
-
 def load_model_config(source: ModelSource) -> ModelConfig:
     """The model's shape. Raises ConfigError when its config.json is missing or damaged."""
     if source.shape is not None:

@@ -116,9 +116,10 @@ def answer_of_engine(
     """The same from an engine in this process, built at once for one row at a time."""
     # JAX takes a second to load, which `--server` should not cost.
     from jaxserve.engine.build import build_engine
-    from jaxserve.models.sources import tokenizer_path
+    from jaxserve.models.sources import parse_source
+    from jaxserve.models.text_files import tokenizer_file
 
-    path = tokenizer_path(engine.model)
+    path = tokenizer_file(parse_source(engine.model))
     tokenizer = None if path is None else Tokenizer.load(path)
     local = _LocalAnswer(_make_request(config, params, tokenizer), tokenizer)
     scheduler = dataclasses.replace(engine.scheduler, max_rows=1)

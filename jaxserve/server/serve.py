@@ -27,7 +27,7 @@ from rich.console import Console
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings
-from jaxserve.models.sources import tokenizer_path
+from jaxserve.models.text_files import read_text_files
 from jaxserve.server.engine_launch import Ready
 from jaxserve.server.logs import set_up_logging
 from jaxserve.server.progress import ProgressDisplay
@@ -97,7 +97,7 @@ class _Serving:
         self._engine = settings.record(EngineConfig)
         self._config = settings.record(ServerConfig)
         self._log = settings.record(LogConfig)
-        self._tokenizer_path = tokenizer_path(self._engine.model)
+        self._text = read_text_files(self._engine.model)
         self._directory = directory
         self._started_s = started_s
         self._signalled = asyncio.Event()
@@ -139,7 +139,7 @@ class _Serving:
         from jaxserve.server.request_log import RequestLog
         from jaxserve.server.tokenizer import Tokenizer
 
-        path = self._tokenizer_path
+        path = self._text.tokenizer
         tokenizer = None if path is None else Tokenizer.load(path)
         link = ReplicaLink(f"unix:{self._directory}/engine.sock")
         frontend = await start_frontend(
