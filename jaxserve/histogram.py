@@ -22,7 +22,7 @@ class Histogram:
 
     __slots__ = ("bounds", "counts", "sum")
 
-    def __init__(self, bounds: Sequence[float]):
+    def __init__(self, bounds: Sequence[float | int]):
         self.bounds = tuple(map(float, bounds))
         grow = all(a < b for a, b in pairwise((-INFINITY, *self.bounds, INFINITY)))
         if not self.bounds or not grow:
@@ -30,7 +30,7 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float, count: int = 1) -> None:
+    def observe(self, value: float | int, count: int = 1) -> None:
         """Take in `count` values that are all `value`."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
@@ -78,6 +78,12 @@ class Histogram:
             before = int(totals[bound])
         histogram.sum = values[f"{name}_sum"]
         return histogram
+
+
+def decades(first: int, last: int) -> tuple[float, ...]:
+    """1, 2 and 5 times each power of ten from 10**first on, up to 10**last."""
+    steps = [float(f"{digit}e{power}") for power in range(first, last) for digit in (1, 2, 5)]
+    return (*steps, float(f"1e{last}"))
 
 
 @cache
