@@ -33,6 +33,7 @@ def test_programs_count_by_when_they_were_compiled():
 
 def serve(mesh: str, num_pages: int, max_rows: int) -> EngineStatistics:
     """What a real engine says after it served every kind of request."""
+    jax.devices()  # those of all tests, before an engine asks for fewer
     ended: queue.Queue = queue.Queue()
 
     def on_report(dispatch, deltas, rejections):
