@@ -14,11 +14,13 @@ import numpy as np
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.engine.batch import BatchShape, Bucket
+from jaxserve.engine.compile_count import CompileCount
 from jaxserve.engine.core import EngineCore, sample_seed
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.devices import open_mesh
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.sequence import Phase
+from jaxserve.engine.statistics import EngineStatistics
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sources import load_model_config, load_weights, parse_source
 from jaxserve.request import Limits, Request, SamplingParams
@@ -101,8 +103,8 @@ class EqualityCheck:
         """
         core = EngineCore(self._core_config(cell))
         if cell.prefix_hit:
-            self._generate(core, replace(cell, preempted=False))
-        made = self._generate(core, cell)
+            self._generate(core, replace(cell, preempted=False), self._requests)
+        made = self._generate(core, cell, self._requests)
         for request, wanted in zip(self._requests, self.expected, strict=True):
             got = made[request.request_id]
             if got != wanted:
@@ -116,6 +118,15 @@ class EqualityCheck:
                 )
         core.pool.check()
         return sum(len(tokens) for tokens in self.expected)
+
+    def serve(self, cell: Cell, requests: Sequence[Request]) -> EngineStatistics:
+        """Run other requests on the same programs, each of at most as many samples as rows.
+
+        Raises AssertionError when anything was compiled meanwhile.
+        """
+        core = EngineCore(self._core_config(cell))
+        self._generate(core, cell, requests)
+        return core.statistics()
 
     def run_all(self, progress: Callable[[str], None]) -> tuple[int, int]:
         """Run the whole grid; returns (cells, tokens compared)."""
@@ -132,7 +143,7 @@ class EqualityCheck:
         config = self._config
         return CoreConfig(
             limits=Limits(
-                vocab_size=config.vocab_size, max_context=config.max_context, max_samples=1
+                vocab_size=config.vocab_size, max_context=config.max_context, max_samples=cell.rows
             ),
             model_key=config.name,
             num_pages=self._num_pages,
@@ -147,10 +158,14 @@ class EqualityCheck:
             ),
         )
 
-    def _generate(self, core: EngineCore, cell: Cell) -> dict[str, list[int]]:
-        made: dict[str, list[int]] = {request.request_id: [] for request in self._requests}
+    def _generate(
+        self, core: EngineCore, cell: Cell, requests: Sequence[Request]
+    ) -> dict[str, list[int]]:
+        made: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        count = CompileCount()
+        count.start_serving()
         rng, flights = np.random.default_rng(1), []
-        for request in self._requests:
+        for request in requests:
             core.submit(request, time.monotonic())
         while not core.idle:
             plan = core.next_slice(time.monotonic())
@@ -162,6 +177,8 @@ class EqualityCheck:
                 made[delta.request_id] += delta.tokens
             if cell.preempted and rng.random() < 0.1:
                 preempt_someone(core, rng)
+        if num_compiled := count.compiles().serving:
+            raise AssertionError(f"{cell}: {num_compiled} programs were compiled while serving")
         return made
 
 
@@ -206,6 +223,38 @@ def make_requests(config: ModelConfig, grid: Grid, *, seed: int) -> list[Request
                     **kinds[number % len(kinds)],
                 ),
                 page_keys=tuple(keys),
+                scope="all",
+            )
+        )
+    return requests
+
+
+_MIXED: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.01},
+    {"logprobs": 0},
+    {"logprobs": 5, "n": 2},
+    {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1},
+    {"logit_bias": {3: 4.0}},
+    {"min_tokens": 4, "stop_token_ids": (1, 2, 3)},
+    {"n": 3},
+)
+
+
+def make_mixed_requests(max_samples: int) -> list[Request]:
+    """Every kind of sampling, with short, long and shared prompts of token ids below 200."""
+    rng, requests = np.random.default_rng(0), []
+    for number in range(3 * len(_MIXED)):
+        prompt = rng.integers(0, 200, (3, 20, 70)[number % 3]).astype(np.int32)
+        prompt[: 3 * PAGE_SIZE] = np.arange(prompt[: 3 * PAGE_SIZE].size)
+        fields = {"n": 1, **_MIXED[number % len(_MIXED)]}
+        fields["n"] = min(fields["n"], max_samples)
+        requests.append(
+            Request(
+                request_id=f"mixed-{number}",
+                prompt=prompt,
+                params=SamplingParams(max_tokens=4 + number, **fields),
+                page_keys=tuple(page_keys(prompt, page_size=PAGE_SIZE, scope="all", model="m")),
                 scope="all",
             )
         )

@@ -13,6 +13,7 @@ from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
 from jaxserve.engine.event_log import EventLog
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.scripted import PaceProfile, ScriptedExecutor
+from jaxserve.engine.statistics import Compiles
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.info import ModelInfo
@@ -37,10 +38,11 @@ def build_engine(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.vocab_size)
     if config.executor == "jax":
-        executor, info = _build_jax(config, source, model, progress)
+        executor, info, compiles = _build_jax(config, source, model, progress)
     else:
         executor, info = _build_scripted(config, model)
-    core = EngineCore(core_config(config, model, info.num_pages))
+        compiles = Compiles
+    core = EngineCore(core_config(config, model, info.num_pages), compiles=compiles)
     tokens = info.num_pages * info.page_size
     progress(f"KV pool: {info.num_pages} pages of {info.page_size} tokens, {tokens} tokens")
     log = EventLog(config.event_log, core.config) if config.event_log else None
@@ -104,15 +106,17 @@ def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor,
 
 def _build_jax(
     config: EngineConfig, source: ModelSource, model: ModelConfig, progress
-) -> tuple[Executor, ModelInfo]:
+) -> tuple[Executor, ModelInfo, Callable[[], Compiles]]:
     import jax
     import jax.numpy as jnp
 
     from jaxserve.engine.batch import BatchShape
+    from jaxserve.engine.compile_count import CompileCount
     from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
     from jaxserve.kernels.backend import resolve
 
+    count = CompileCount()
     mesh = open_mesh(config.mesh, model)
     device = jax.devices()[0]
     try:
@@ -163,7 +167,8 @@ def _build_jax(
         device_kind=device.device_kind,
         num_devices=mesh.size,
     )
-    return executor, info
+    count.start_serving()
+    return executor, info, count.compiles
 
 
 def _loading(progress: Callable[[str], None]) -> Callable[[int, int], None]:

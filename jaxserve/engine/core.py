@@ -8,6 +8,7 @@ is only how long it is, so its lease always covers the most it can have.
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from jaxserve.engine.core_config import CoreConfig, make_slicing
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
 from jaxserve.engine.sequence import Job, Phase, Sequence
-from jaxserve.engine.statistics import EngineStatistics
+from jaxserve.engine.statistics import Compiles, EngineStatistics
 from jaxserve.errors import BadRequest, JaxserveError, QueueFull
 from jaxserve.request import (
     Delta,
@@ -55,11 +56,13 @@ _REASONS = {
 class EngineCore:
     """Jobs, pages and policies of one replica. One thread owns it.
 
-    Everything is driven by the caller's time `now_s`, in seconds, which never goes back.
+    Everything is driven by the caller's time `now_s`, in seconds, which never goes back. What
+    `compiles` says of the executor is part of the statistics.
     """
 
-    def __init__(self, config: CoreConfig):
+    def __init__(self, config: CoreConfig, *, compiles: Callable[[], Compiles] = Compiles):
         self.config = config
+        self._compiles = compiles
         self.order = ORDERS[config.scheduler.order]()
         self.admission = ADMISSIONS[config.scheduler.admission]()
         self.slicing = make_slicing(config.scheduler, config.limits)
@@ -72,7 +75,7 @@ class EngineCore:
         self._depth = 1
         self._expiries: list[tuple[float, int, bool]] = []
         self._outbox: list[Delta] = []
-        self.statistics_now = EngineStatistics()
+        self.statistics_now = EngineStatistics(page_size=config.page_size)
         self._planner = Planner(self)
 
     # Requests in.
@@ -97,7 +100,7 @@ class EngineCore:
         self._check_fits(request, max_output)
         self._check_queue(request, now_s)
         self._last_job += 1
-        job = Job(self._last_job, request, max_output)
+        job = Job(self._last_job, request, max_output, now_s)
         job.sequences = [
             Sequence(job, sample, sample_seed(request.params.seed or 0, sample))
             for sample in range(request.params.n)
@@ -178,22 +181,30 @@ class EngineCore:
         if flight.number != result.number:
             raise RuntimeError(f"slice {result.number} completed, {flight.number} was expected")
         self.pool.parsed(result.number)
-        attended = finished = 0
+        statistics, made_before = self.statistics_now, self.statistics_now.output_tokens
+        attended = finished = prompts = 0
         for place, (sequence, steps) in enumerate(flight.rows):
             attended += sequence.length * result.steps_run
             finished += int(result.codes[place]) != Code.RUNNING
+            prompts += steps == 0  # a chunk that does not end its prompt
             sequence.ahead -= steps
             if sequence.phase is not Phase.DONE:
-                self._progress(sequence, result, place)
+                self._progress(sequence, result, place, now_s)
             if sequence.phase is Phase.EVICTING and sequence.last_slice == result.number:
                 self._evict(sequence)
         shape = SliceShape(result.steps_run, result.rows_run, attended, result.prefill_run)
         self.slicing.ran(shape, slice_s=result.slice_s, host_s=result.host_s, finished=finished)
         self.admission.ticked(result.steps_run)
-        self.statistics_now.steps += result.steps_run
-        self.statistics_now.row_steps += result.steps_run * len(flight.rows)
-        self.statistics_now.slice_s += result.slice_s
-        self.statistics_now.host_s += result.host_s
+        row_steps = result.steps_run * len(flight.rows)
+        made = statistics.output_tokens - made_before
+        statistics.steps += result.steps_run
+        statistics.row_steps += row_steps
+        statistics.slice_idle_row_steps += row_steps - made - prompts
+        statistics.slice_s += result.slice_s
+        statistics.host_s += result.host_s
+        statistics.slice_steps.observe(result.steps_run)
+        statistics.slice_seconds.observe(result.slice_s)
+        statistics.scheduling_seconds.observe(result.host_s)
 
     def take_deltas(self) -> list[Delta]:
         """What became known since the last call."""
@@ -215,13 +226,18 @@ class EngineCore:
 
     # Endings.
 
-    def _progress(self, sequence: Sequence, result: SliceResult, place: int) -> None:
+    def _progress(self, sequence: Sequence, result: SliceResult, place: int, now_s: float) -> None:
+        job, statistics = sequence.job, self.statistics_now
         count, code = int(result.counts[place]), int(result.codes[place])
         tokens = tuple(result.tokens[:count, place].tolist())
         sequence.made.extend(tokens)
         if count:
-            self.statistics_now.output_tokens += count
-            self.order.on(Enact(sequence.job.number, 0, count))
+            statistics.output_tokens += count
+            self.order.on(Enact(job.number, 0, count))
+            if job.first_token_s is None:
+                assert job.admitted_s is not None
+                job.first_token_s = now_s
+                statistics.request_prefill_time_seconds.observe(now_s - job.admitted_s)
         if code == Code.RUNNING:
             if count:
                 self._emit(sequence, tokens, result=result, place=place)
@@ -229,6 +245,8 @@ class EngineCore:
         reason = _REASONS[Code(code)]
         self._emit(sequence, tokens, result=result, place=place, finish=reason)
         self._end(sequence, None, event=Finish)
+        if not job.sequences and job.first_token_s is not None:
+            statistics.request_decode_time_seconds.observe(now_s - job.first_token_s)
 
     def _end(
         self,
@@ -376,6 +394,7 @@ class EngineCore:
         """Counters since the start, and gauges of now."""
         return self.statistics_now.snapshot(
             running=sum(job.running for job in self.jobs.values()),
+            compiles=self._compiles(),
             pool=self.pool.statistics(),
             prefix=self.pool.tree.statistics(),
         )

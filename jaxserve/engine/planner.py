@@ -324,7 +324,7 @@ class Planner:
                 self._blocked = True
                 return
             budget -= max(size, self._config.tile)
-            self._note_admission(now_s)
+            self._note_admission(job, now_s)
 
     def running_rows(self) -> list[Running]:
         """Every row that holds a lease, as admission rules see it."""
@@ -435,7 +435,11 @@ class Planner:
             )
         self._pool.insert(row.lease, keys)
 
-    def _note_admission(self, now_s: float) -> None:
+    def _note_admission(self, job: Job, now_s: float) -> None:
+        if job.admitted_s is None:  # else it was preempted
+            job.admitted_s = now_s
+            queue_time_s = now_s - job.arrived_s
+            self._core.statistics_now.request_queue_time_seconds.observe(queue_time_s)
         gap = max(now_s - self._last_admission_s, 1e-3)
         self._last_admission_s = now_s
         self._admitted_per_s = 0.9 * self._admitted_per_s + 0.1 / gap

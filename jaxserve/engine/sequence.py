@@ -69,12 +69,16 @@ class Job:
     """An accepted request. `sequences` are its unfinished samples, also while it waits.
 
     `parent` prefills the shared prompt of several samples, in the slot of the first; they fork from
-    its lease. `announced` means that a token of it was delivered.
+    its lease. `announced` means that a token of it was delivered. Times are the core's: of its
+    arrival, of the first slice planned for it, and of its first token.
     """
 
     number: int
     request: Request
     max_output: int
+    arrived_s: float
+    admitted_s: float | None = None
+    first_token_s: float | None = None
     sequences: list[Sequence] = field(default_factory=list)
     parent: Sequence | None = None
     cached_tokens: int = 0

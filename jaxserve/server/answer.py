@@ -32,6 +32,15 @@ class RowControl(Protocol):
     def limit_row(self, request_id: str, *, sample: int, max_steps: int) -> None: ...
 
 
+@runtime_checkable
+class DeliveryObserver(Protocol):
+    """Hears of tokens as they come in; `RequestMetrics` is one."""
+
+    def on_tokens(self, count: int, gap_s: float | None) -> None:
+        """`count` tokens of one sample came, `gap_s` after those before (None: its first)."""
+        ...
+
+
 class _Sample:
     """One of a request's n continuations."""
 
@@ -45,6 +54,7 @@ class _Sample:
         self._min_tokens = params.min_tokens
         self._limited = False
         self.num_tokens = 0
+        self.tokens_at_s: float | None = None
         self.finish: FinishReason | None = None
         self.pending: pb.GenerateResponse | None = None
 
@@ -182,6 +192,7 @@ class Answer:
         make_detokenizer: Callable[[], Detokenizer] | None,
         token_text: Callable[[int], str],
         once: bool,
+        observer: DeliveryObserver | None = None,
     ):
         self.request = request
         self.control = control
@@ -191,6 +202,7 @@ class Answer:
         self.cached_tokens = 0
         self._make_detokenizer = make_detokenizer
         self._once = once
+        self._observer = observer
         self._seen = False  # whether the client got any of it
         self._waiter: asyncio.Future[None] | None = None
         self._start()
@@ -226,7 +238,10 @@ class Answer:
         if delta.token_ids and self.first_token_at_s is None:
             self.first_token_at_s = time.monotonic()
         self.cached_tokens = delta.cached_tokens or self.cached_tokens
+        num_before = sample.num_tokens
         sample.take(delta)
+        if self._observer is not None and sample.num_tokens > num_before:
+            self._note_tokens(self._observer, sample, sample.num_tokens - num_before)
         if delta.prompt_logprobs and sample.pending is not None:
             if self._make_detokenizer is not None:
                 for place in delta.prompt_logprobs:
@@ -303,6 +318,11 @@ class Answer:
             for index in range(self.request.params.n)
         ]
         self._num_open = len(self._samples)
+
+    @staticmethod
+    def _note_tokens(observer: DeliveryObserver, sample: _Sample, count: int) -> None:
+        before_s, sample.tokens_at_s = sample.tokens_at_s, time.monotonic()
+        observer.on_tokens(count, None if before_s is None else sample.tokens_at_s - before_s)
 
     def _note_bad_end(self, reason: FinishReason, message: str) -> None:
         if reason is FinishReason.DEADLINE:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxserve.bench.equality import Cell, EqualityCheck, Grid
+from jaxserve.bench.equality import Cell, EqualityCheck, Grid, make_mixed_requests
 
 SHORT = Grid(model="random:tiny", num_prompts=12, max_tokens=24, steps=(1, 4, 0), rows=(1, 8))
 PARALLEL = Grid(model="random:tiny", num_prompts=12, max_tokens=24, steps=(4,), rows=(8,))
@@ -31,6 +31,16 @@ def test_tensor_parallel_tokens_equal_a_full_recompute(
     parallel_check: EqualityCheck, cell: Cell
 ) -> None:
     parallel_check.run(cell)
+
+
+@pytest.mark.parametrize("fixture", ["check", "parallel_check"])
+def test_no_kind_of_request_makes_a_served_engine_compile(fixture: str, request) -> None:
+    """Every cell above says so of its requests; here with log-probabilities, biases and forks."""
+    check: EqualityCheck = request.getfixturevalue(fixture)
+    cell = Cell(steps=4, rows=8, prefix_hit=False, preempted=True, chunked=True)
+    statistics = check.serve(cell, make_mixed_requests(3))
+    assert statistics.finished == statistics.received and statistics.preemptions
+    assert statistics.prefix and statistics.prefix.hit_tokens
 
 
 @pytest.mark.full

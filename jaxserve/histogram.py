@@ -1,0 +1,91 @@
+"""Histograms that are cheap to feed and can cross a process. Knows no metric, no label, no format.
+
+Our own, because one observation may stand for many values (the k tokens of a slice), the dispatch
+thread feeds them, and the engine's have to travel to the front end as plain numbers by name.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Final
+
+INFINITY: Final = float("inf")
+
+
+class Histogram:
+    """How many values fell up to each of `bounds`, and their sum. One thread owns it.
+
+    `bounds` grow strictly and are finite; values beyond the last are counted too. Raises ValueError
+    for other bounds.
+    """
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float | int]):
+        self.bounds = tuple(map(float, bounds))
+        grow = all(a < b for a, b in pairwise((-INFINITY, *self.bounds, INFINITY)))
+        if not self.bounds or not grow:
+            raise ValueError(f"bounds: got {self.bounds}; allowed: finite numbers that grow")
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float | int, count: int = 1) -> None:
+        """Take in `count` values that are all `value`."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+    @property
+    def count(self) -> int:
+        """Values taken in."""
+        return sum(self.counts)
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """(bound, values up to it) for each bound, infinity last."""
+        total, pairs = 0, []
+        for bound, count in zip((*self.bounds, INFINITY), self.counts, strict=True):
+            total += count
+            pairs.append((bound, total))
+        return pairs
+
+    def copy(self) -> "Histogram":
+        """One that no longer changes with this one."""
+        other = Histogram.__new__(Histogram)
+        other.bounds, other.counts, other.sum = self.bounds, self.counts.copy(), self.sum
+        return other
+
+    def flat(self, name: str) -> dict[str, float]:
+        """Everything as numbers by name: `name_bucket_<bound>`, each with the values up to it, and
+        `name_sum`."""
+        totals = [float(total) for _, total in self.cumulative()]
+        values = dict(zip(_bucket_names(name, self.bounds), totals, strict=True))
+        values[f"{name}_sum"] = self.sum
+        return values
+
+    @classmethod
+    def from_flat(cls, name: str, values: Mapping[str, float]) -> "Histogram | None":
+        """What `flat(name)` put into `values`, whatever else is there; None if it did not."""
+        if f"{name}_sum" not in values:
+            return None
+        prefix = f"{name}_bucket_"
+        totals = {
+            float(key[len(prefix) :]): values[key] for key in values if key.startswith(prefix)
+        }
+        histogram = cls(sorted(totals)[:-1])
+        before = 0
+        for place, bound in enumerate((*histogram.bounds, INFINITY)):
+            histogram.counts[place] = int(totals[bound]) - before
+            before = int(totals[bound])
+        histogram.sum = values[f"{name}_sum"]
+        return histogram
+
+
+def decades(first: int, last: int) -> tuple[float, ...]:
+    """1, 2 and 5 times each power of ten from 10**first on, up to 10**last."""
+    steps = [float(f"{digit}e{power}") for power in range(first, last) for digit in (1, 2, 5)]
+    return (*steps, float(f"1e{last}"))
+
+
+@cache
+def _bucket_names(name: str, bounds: tuple[float, ...]) -> tuple[str, ...]:
+    return tuple(f"{name}_bucket_{bound!r}" for bound in (*bounds, INFINITY))
