@@ -4,12 +4,13 @@
         for chunk in client.generate("ROMEO:", sampling=SamplingParams(max_tokens=64)):
             print(chunk.text, end="", flush=True)
 
-Prompts are texts or token ids. `timeout_s` is the deadline of the call, which the server keeps
-too. Errors are the classes of `jaxserve.errors`. Leaving a stream before its end cancels the
-request. Knows the wire; needs no JAX.
+Prompts are texts or token ids. `sampling` is a whole `SamplingParams`, or a mapping of some of its
+fields: the others take the model's own defaults, where it has any. `timeout_s` is the deadline of
+the call, which the server keeps too. Errors are the classes of `jaxserve.errors`. Leaving a stream
+before its end cancels the request. Knows the wire; needs no JAX.
 """
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxserve.client_results import (
     Aborted,
     Chunk,
+    ClientStatistics,
     Completion,
     Finish,
     ModelInfo,
@@ -44,6 +46,7 @@ __all__ = [
     "AsyncClient",
     "Chunk",
     "Client",
+    "ClientStatistics",
     "Completion",
     "Finish",
     "FinishReason",
@@ -56,6 +59,8 @@ __all__ = [
     "Usage",
 ]
 
+Sampling = SamplingParams | Mapping[str, Any]
+
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -65,12 +70,13 @@ _OPTIONS: Final = (
 class Client:
     """A blocking client of the server at `target`, "host:port"; may be used from many threads."""
 
-    def __init__(self, target: str, *, client: str = ""):
-        """`client` is the party that requests are made for, unless the server knows better."""
+    def __init__(self, target: str, *, client: str = "", api_key: str = ""):
+        """`client` is the party that requests are made for, unless `api_key` says it."""
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._stub = pb_grpc.JaxserveStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._client = client
+        self._metadata = _metadata(api_key)
 
     def __enter__(self) -> "Client":
         return self
@@ -85,7 +91,7 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: Sampling | None = None,
         timeout_s: float | None = None,
         **fields: Any,
     ) -> Generator[Chunk, None, None]:
@@ -93,7 +99,7 @@ class Client:
         `request_id`, `priority` (smaller is more urgent), `detokenize` and `cache_salt`."""
         request = _request(prompt, sampling, self._client, fields)
         with _errors():
-            call = self._stub.Generate(request, timeout=timeout_s)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:
                 for message in call:
                     yield chunk_from_proto(message)
@@ -104,19 +110,23 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: Sampling | None = None,
         timeout_s: float | None = None,
         **fields: Any,
     ) -> Completion:
         """The whole answer at once; arguments as for `generate`."""
         request = _request(prompt, sampling, self._client, fields)
         with _errors():
-            return completion_from_proto(self._stub.GenerateOnce(request, timeout=timeout_s))
+            return completion_from_proto(
+                self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata)
+            )
 
     def abort(self, *request_ids: str) -> Aborted:
         """End requests by id; their streams end with FinishReason.ABORT."""
         with _errors():
-            reply = self._stub.Abort(pb.AbortRequest(request_ids=request_ids))
+            reply = self._stub.Abort(
+                pb.AbortRequest(request_ids=request_ids), metadata=self._metadata
+            )
         return Aborted(tuple(reply.aborted), tuple(reply.unknown))
 
     def tokenize(self, text: str, *, model: str = "", add_special_tokens: bool = True) -> list[int]:
@@ -124,7 +134,7 @@ class Client:
             request = pb.TokenizeRequest(
                 model=model, text=text, add_special_tokens=add_special_tokens
             )
-            return list(self._stub.Tokenize(request).token_ids)
+            return list(self._stub.Tokenize(request, metadata=self._metadata).token_ids)
 
     def detokenize(
         self, token_ids: Iterable[int], *, model: str = "", skip_special_tokens: bool = True
@@ -133,25 +143,33 @@ class Client:
             request = pb.DetokenizeRequest(
                 model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
             )
-            return self._stub.Detokenize(request).text
+            return self._stub.Detokenize(request, metadata=self._metadata).text
 
     def models(self) -> list[str]:
         with _errors():
-            return list(self._stub.ListModels(pb.ListModelsRequest()).models)
+            return list(
+                self._stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata).models
+            )
 
     def model_info(self, model: str = "") -> ModelInfo:
         with _errors():
             return model_info_from_proto(
-                self._stub.GetModelInfo(pb.GetModelInfoRequest(model=model))
+                self._stub.GetModelInfo(
+                    pb.GetModelInfoRequest(model=model), metadata=self._metadata
+                )
             )
 
     def server_info(self) -> ServerInfo:
         with _errors():
-            return server_info_from_proto(self._stub.GetServerInfo(pb.GetServerInfoRequest()))
+            return server_info_from_proto(
+                self._stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=self._metadata)
+            )
 
-    def statistics(self) -> list[ReplicaStatistics]:
+    def statistics(self, *, per_client: bool = False) -> list[ReplicaStatistics]:
+        """Numbers of every replica; with `per_client` also of every client that may be shown."""
+        request = pb.GetStatisticsRequest(per_client=per_client)
         with _errors():
-            return statistics_from_proto(self._stub.GetStatistics(pb.GetStatisticsRequest()))
+            return statistics_from_proto(self._stub.GetStatistics(request, metadata=self._metadata))
 
     def is_serving(self) -> bool:
         """What the server's health check says."""
@@ -162,12 +180,13 @@ class Client:
 class AsyncClient:
     """The client for asyncio; belongs to the event loop it was made on."""
 
-    def __init__(self, target: str, *, client: str = ""):
-        """`client` is the party that requests are made for, unless the server knows better."""
+    def __init__(self, target: str, *, client: str = "", api_key: str = ""):
+        """`client` is the party that requests are made for, unless `api_key` says it."""
         self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         self._stub = pb_grpc.JaxserveStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._client = client
+        self._metadata = _metadata(api_key)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -182,7 +201,7 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: Sampling | None = None,
         timeout_s: float | None = None,
         **fields: Any,
     ) -> AsyncGenerator[Chunk, None]:
@@ -190,7 +209,7 @@ class AsyncClient:
         the request cancelled at once, close it (`contextlib.aclosing`) or cancel the task."""
         request = _request(prompt, sampling, self._client, fields)
         with _errors():
-            call = self._stub.Generate(request, timeout=timeout_s)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:
                 async for message in call:
                     yield chunk_from_proto(message)
@@ -201,19 +220,23 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: Sampling | None = None,
         timeout_s: float | None = None,
         **fields: Any,
     ) -> Completion:
         """The whole answer at once; arguments as for `Client.generate`."""
         request = _request(prompt, sampling, self._client, fields)
         with _errors():
-            return completion_from_proto(await self._stub.GenerateOnce(request, timeout=timeout_s))
+            return completion_from_proto(
+                await self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata)
+            )
 
     async def abort(self, *request_ids: str) -> Aborted:
         """End requests by id; their streams end with FinishReason.ABORT."""
         with _errors():
-            reply = await self._stub.Abort(pb.AbortRequest(request_ids=request_ids))
+            reply = await self._stub.Abort(
+                pb.AbortRequest(request_ids=request_ids), metadata=self._metadata
+            )
         return Aborted(tuple(reply.aborted), tuple(reply.unknown))
 
     async def tokenize(
@@ -223,7 +246,7 @@ class AsyncClient:
             request = pb.TokenizeRequest(
                 model=model, text=text, add_special_tokens=add_special_tokens
             )
-            return list((await self._stub.Tokenize(request)).token_ids)
+            return list((await self._stub.Tokenize(request, metadata=self._metadata)).token_ids)
 
     async def detokenize(
         self, token_ids: Iterable[int], *, model: str = "", skip_special_tokens: bool = True
@@ -232,25 +255,37 @@ class AsyncClient:
             request = pb.DetokenizeRequest(
                 model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
             )
-            return (await self._stub.Detokenize(request)).text
+            return (await self._stub.Detokenize(request, metadata=self._metadata)).text
 
     async def models(self) -> list[str]:
         with _errors():
-            return list((await self._stub.ListModels(pb.ListModelsRequest())).models)
+            return list(
+                (
+                    await self._stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata)
+                ).models
+            )
 
     async def model_info(self, model: str = "") -> ModelInfo:
         with _errors():
             return model_info_from_proto(
-                await self._stub.GetModelInfo(pb.GetModelInfoRequest(model=model))
+                await self._stub.GetModelInfo(
+                    pb.GetModelInfoRequest(model=model), metadata=self._metadata
+                )
             )
 
     async def server_info(self) -> ServerInfo:
         with _errors():
-            return server_info_from_proto(await self._stub.GetServerInfo(pb.GetServerInfoRequest()))
+            return server_info_from_proto(
+                await self._stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=self._metadata)
+            )
 
-    async def statistics(self) -> list[ReplicaStatistics]:
+    async def statistics(self, *, per_client: bool = False) -> list[ReplicaStatistics]:
+        """Numbers of every replica; with `per_client` also of every client that may be shown."""
+        request = pb.GetStatisticsRequest(per_client=per_client)
         with _errors():
-            return statistics_from_proto(await self._stub.GetStatistics(pb.GetStatisticsRequest()))
+            return statistics_from_proto(
+                await self._stub.GetStatistics(request, metadata=self._metadata)
+            )
 
     async def is_serving(self) -> bool:
         """What the server's health check says."""
@@ -258,9 +293,13 @@ class AsyncClient:
             return _is_serving(await self._health.Check(health_pb2.HealthCheckRequest()))
 
 
+def _metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
 def _request(
     prompt: str | Sequence[int],
-    sampling: SamplingParams | None,
+    sampling: Sampling | None,
     client: str,
     fields: dict[str, Any],
 ) -> pb.GenerateRequest:

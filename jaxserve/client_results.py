@@ -95,6 +95,8 @@ class ModelInfo:
     num_kv_heads: int
     head_dim: int
     has_tokenizer: bool
+    has_chat_template: bool
+    sampling_defaults: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,25 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientStatistics:
+    """What one client asked for and got since the server started."""
+
+    client: str
+    weight: float
+    num_requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaStatistics:
-    """One replica's numbers by name."""
+    """One replica's numbers by name; `clients` where they were asked for."""
 
     replica: str
     engine_restarts: int
     values: Mapping[str, float]
+    clients: tuple[ClientStatistics, ...] = ()
 
 
 def chunk_from_proto(message: pb.GenerateResponse) -> Chunk:
@@ -167,6 +182,8 @@ def model_info_from_proto(message: pb.GetModelInfoResponse) -> ModelInfo:
         num_kv_heads=message.num_kv_heads,
         head_dim=message.head_dim,
         has_tokenizer=message.has_tokenizer,
+        has_chat_template=message.has_chat_template,
+        sampling_defaults=dict(message.sampling_defaults),
     )
 
 
@@ -189,9 +206,25 @@ def server_info_from_proto(message: pb.GetServerInfoResponse) -> ServerInfo:
 
 def statistics_from_proto(message: pb.GetStatisticsResponse) -> list[ReplicaStatistics]:
     return [
-        ReplicaStatistics(replica.replica, replica.engine_restarts, dict(replica.values))
+        ReplicaStatistics(
+            replica=replica.replica,
+            engine_restarts=replica.engine_restarts,
+            values=dict(replica.values),
+            clients=tuple(map(_client_statistics, replica.clients)),
+        )
         for replica in message.replicas
     ]
+
+
+def _client_statistics(message: pb.ClientStatistics) -> ClientStatistics:
+    return ClientStatistics(
+        client=message.client,
+        weight=message.weight,
+        num_requests=message.num_requests,
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        completion_tokens=message.completion_tokens,
+    )
 
 
 def _finish(message: pb.Finish) -> Finish:

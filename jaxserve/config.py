@@ -5,7 +5,7 @@ Simulator and server share these records and so their defaults; every report pri
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.errors import ConfigError
 from jaxserve.schedulers import admission, order
@@ -13,7 +13,7 @@ from jaxserve.schedulers import admission, order
 ORDERS = tuple(order.ORDERS)
 ADMISSIONS = tuple(admission.ADMISSIONS)
 SLICINGS = ("adaptive", "fixed", "iteration", "sequence")
-PREFIX_SCOPES = ("client", "group", "all")
+PREFIX_SCOPES = ("auto", "client", "group", "all")
 EXECUTORS = ("jax", "paced", "mock")
 
 
@@ -27,14 +27,14 @@ class CacheConfig:
     """The paged KV pool. `num_pages` None: as many as fit into `memory_fraction` of free memory.
 
     Long pages are read faster (on CPU, 64 tokens in 4/5 of the time of 32), short ones share
-    shorter prefixes.
+    shorter prefixes. `prefix_scope` auto is `client` where API keys are in use, else `all`.
     """
 
     page_size: int = 64
     num_pages: int | None = None
     memory_fraction: float = 0.5
     prefix_cache: bool = True
-    prefix_scope: str = "all"
+    prefix_scope: str = "auto"
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -45,6 +45,12 @@ class CacheConfig:
         _require(0 < fraction <= 0.95, "kv_memory_fraction", fraction, "a number in (0, 0.95]")
         scope = self.prefix_scope
         _require(scope in PREFIX_SCOPES, "prefix_scope", scope, ", ".join(PREFIX_SCOPES))
+
+    def resolved(self, *, has_keys: bool) -> "CacheConfig":
+        """With `prefix_scope` auto decided: keys tell clients apart that may not trust another."""
+        if self.prefix_scope != "auto":
+            return self
+        return replace(self, prefix_scope="client" if has_keys else "all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

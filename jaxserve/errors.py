@@ -26,6 +26,26 @@ class BadRequest(JaxserveError):
         super().__init__(f"{field}: got {shown}; allowed: {allowed}")
         self.field = field
 
+    def renamed(self, field: str) -> "BadRequest":
+        """The same error about a field that its reader knows under another name."""
+        error = type(self).__new__(type(self))
+        Exception.__init__(error, field + str(self).removeprefix(self.field))
+        error.field = field
+        return error
+
+
+class TooLarge(BadRequest):
+    """A message is longer than the server takes."""
+
+    http_status = 413
+
+
+class Unauthenticated(JaxserveError):
+    """The call needs an API key and has none, or one that is not known."""
+
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+
 
 class ConfigError(JaxserveError):
     """A flag, a file or a combination of them cannot be served; the launcher exits with code 2."""

@@ -21,7 +21,14 @@ from jaxserve.config import (
     EngineConfig,
 )
 from jaxserve.request import SamplingParams
-from jaxserve.server_config import LOG_LEVELS, GenerateConfig, LogConfig, ServerConfig
+from jaxserve.server_config import (
+    LOG_LEVELS,
+    SAMPLING_DEFAULTS,
+    GenerateConfig,
+    KeyConfig,
+    LogConfig,
+    ServerConfig,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +139,18 @@ SCHEDULING: Final = Group(
 SERVER: Final = Group(
     "server",
     (
-        Flag("host", ServerConfig, "host", "address to bind"),
-        Flag("port", ServerConfig, "port", "TCP port; 0: any free one"),
+        Flag("host", ServerConfig, "host", "address to bind; without API keys, of this machine"),
+        Flag("port", ServerConfig, "port", "TCP port of gRPC; 0: any free one"),
+        Flag("http_port", ServerConfig, "http_port", "of HTTP; unset: gRPC's + 1; -1: no HTTP"),
+        Flag("api_keys", ServerConfig, "api_keys", "file of keys and clients; empty: no keys"),
+        Flag("chat_template", ServerConfig, "chat_template", "Jinja file; empty: the model's own"),
+        Flag(
+            "sampling_defaults",
+            ServerConfig,
+            "sampling_defaults",
+            "what absent sampling fields mean: the model's own defaults, or none",
+            SAMPLING_DEFAULTS,
+        ),
         Flag("drain_s", ServerConfig, "drain_s", "time to finish after the first signal"),
         Flag("max_message_mb", ServerConfig, "max_message_mb", "largest message taken or sent"),
     ),
@@ -153,8 +170,19 @@ PROMPT: Final = Group(
         Flag("prompt", GenerateConfig, "prompt", 'text to continue; "-" reads stdin'),
         Flag("token_ids", GenerateConfig, "token_ids", "the prompt as ids, such as 5,17,3"),
         Flag("server", GenerateConfig, "server", "host:port; empty: run the engine right here"),
+        Flag(
+            "api_key", GenerateConfig, "api_key", "key for the server; better in JAXSERVE_API_KEY"
+        ),
         Flag("timeout_s", GenerateConfig, "timeout_s", "longest time for the whole answer"),
         LOG_LEVEL,
+    ),
+)
+KEY: Final = Group(
+    "key",
+    (
+        Flag("client", KeyConfig, "client", "the party that the key stands for"),
+        Flag("weight", KeyConfig, "weight", "its share beside other clients'"),
+        Flag("priority", KeyConfig, "priority", "least,most its requests may ask for; empty: any"),
     ),
 )
 SAMPLING: Final = Group(

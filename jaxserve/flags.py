@@ -48,6 +48,14 @@ class Settings:
         found = [setting for setting in self.by_name.values() if setting.flag.record is kind]
         return _build(kind, {setting.flag.path: setting.value for setting in found})
 
+    def values(self, kind: type) -> dict[str, Any]:
+        """Fields of `kind` that the command line or the environment set."""
+        return {
+            setting.flag.path: setting.value
+            for setting in self.by_name.values()
+            if setting.flag.record is kind and setting.origin
+        }
+
     def given(self, kind: type) -> list[str]:
         """Names of `kind`'s flags that the command line set."""
         return [

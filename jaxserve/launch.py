@@ -30,7 +30,7 @@ class Command:
 
 COMMANDS: Final = {
     "serve": Command(
-        "serve a model over gRPC",
+        "serve a model over gRPC and HTTP",
         "jaxserve.server.serve",
         "jaxserve serve --model=demo --port=8470",
         (
@@ -47,6 +47,12 @@ COMMANDS: Final = {
         "jaxserve.server.generate",
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
+    ),
+    "key": Command(
+        "make an API key and the entry of the key file that knows it",
+        "jaxserve.server.key",
+        "jaxserve key --client=acme --weight=2 >>keys.toml",
+        (table.KEY,),
     ),
 }
 

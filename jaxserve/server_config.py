@@ -4,12 +4,15 @@
 end and the command line need.
 """
 
+import ipaddress
 import math
+import re
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+SAMPLING_DEFAULTS = ("model", "neutral")
 
 
 def _require(condition: bool, field: str, got: object, allowed: str) -> None:
@@ -17,18 +20,54 @@ def _require(condition: bool, field: str, got: object, allowed: str) -> None:
         raise ConfigError(f"{field}: got {got!r}; allowed: {allowed}")
 
 
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """The front end. `port` 0 takes any free one."""
+    """The front end. A port 0 takes any free one.
+
+    `http_port` None is the one after `port`, or any free one if that is 0; -1 serves no HTTP.
+    Without `api_keys`, a file, everybody who reaches the server may use it, so that only this
+    machine may reach it. `chat_template` is a file that wins over the model's own.
+    `sampling_defaults` says whether requests fall back to the model's own defaults or to neutral
+    ones.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8470
+    http_port: int | None = None
+    api_keys: str = ""
+    chat_template: str = ""
+    sampling_defaults: str = "model"
     drain_s: float = 30.0
     max_message_mb: float = 16.0
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "host", self.host, "a host name or address; try 127.0.0.1")
+        local = bool(self.api_keys) or _is_loopback(self.host)
+        _require(local, "host", self.host, "this machine (127.0.0.1, ::1) unless --api_keys is set")
         _require(0 <= self.port <= 65535, "port", self.port, "0 (any free one) to 65535")
+        http_port = self.http_port
+        good = http_port is None or -1 <= http_port <= 65535
+        _require(good, "http_port", http_port, "-1 (no HTTP), 0 (any free one) to 65535, or unset")
+        same = http_port == self.port != 0
+        _require(not same, "http_port", http_port, "another port than gRPC's")
+        good = http_port is not None or self.port < 65535
+        _require(good, "port", self.port, "at most 65534, or --http_port of its own")
+        defaults = self.sampling_defaults
+        _require(
+            defaults in SAMPLING_DEFAULTS,
+            "sampling_defaults",
+            defaults,
+            ", ".join(SAMPLING_DEFAULTS),
+        )
         drain_s, mb = self.drain_s, self.max_message_mb
         _require(math.isfinite(drain_s) and drain_s >= 0, "drain_s", drain_s, "0 or more seconds")
         _require(0 < mb <= 1024, "max_message_mb", mb, "a number in (0, 1024]")
@@ -49,12 +88,13 @@ class LogConfig:
 class GenerateConfig:
     """One prompt from the shell: a text ("-" reads stdin) or token ids, separated by commas.
 
-    `server` "" runs the engine in this process.
+    `server` "" runs the engine in this process; `api_key` is for a server that wants one.
     """
 
     prompt: str = ""
     token_ids: str = ""
     server: str = ""
+    api_key: str = ""
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -63,6 +103,8 @@ class GenerateConfig:
         got = f"{self.prompt!r} and token_ids {self.token_ids!r}"
         if both or neither:
             raise ConfigError(f"prompt: got {got}; allowed: exactly one of the two")
+        remote = bool(self.server) or not self.api_key
+        _require(remote, "api_key", "one", "none without --server")
         numbers = self.token_ids.split(",") if self.token_ids else []
         wanted = "numbers with commas between, such as 5,17,3"
         _require(all(map(_is_number, numbers)), "token_ids", self.token_ids, wanted)
@@ -77,3 +119,29 @@ class GenerateConfig:
 
 def _is_number(text: str) -> bool:
     return text.strip().isascii() and text.strip().isdigit()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyConfig:
+    """A fresh API key: for whom, with what share, and what priorities its requests may have.
+
+    `priority` is "least,most", or "" for any.
+    """
+
+    client: str = ""
+    weight: float = 1.0
+    priority: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.client.strip()), "client", self.client, "a name")
+        good = math.isfinite(self.weight) and self.weight > 0
+        _require(good, "weight", self.weight, "a positive number")
+        wanted = "two whole numbers, such as 0,10 (smaller is more urgent)"
+        good = not self.priority or re.fullmatch(r"-?\d+,-?\d+", self.priority) is not None
+        _require(good, "priority", self.priority, wanted)
+        _require(self.priorities == sorted(self.priorities), "priority", self.priority, wanted)
+
+    @property
+    def priorities(self) -> list[int]:
+        """Least and most, or nothing."""
+        return [int(part) for part in self.priority.split(",")] if self.priority else []

@@ -1,7 +1,7 @@
 """Records that clients and servers share, as messages of `jaxserve.v1` and back. Judges nothing."""
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from jaxserve.errors import BadRequest
 from jaxserve.proto import jaxserve_v1_pb2 as pb
@@ -20,7 +20,9 @@ REASON_FROM_PROTO: Final = {value: reason for reason, value in REASON_TO_PROTO.i
 _OPTIONAL = (
     "max_tokens",
     "temperature",
+    "top_k",
     "top_p",
+    "min_p",
     "repetition_penalty",
     "seed",
     "n",
@@ -30,34 +32,44 @@ _OPTIONAL = (
 _PLAIN = (
     "min_tokens",
     "ignore_eos",
-    "top_k",
-    "min_p",
     "presence_penalty",
     "frequency_penalty",
     "include_stop",
 )
 
 
-def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
-    """Absent optional fields take the record's defaults."""
+_MANY = ("logit_bias", "stop", "stop_token_ids")
+SAMPLING_FIELDS: Final = _OPTIONAL + _PLAIN + _MANY
+
+
+def given_sampling(message: pb.SamplingParams) -> dict[str, Any]:
+    """Fields of `SamplingParams` that the message sets; absent optional fields are left out."""
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
-    return SamplingParams(
-        **given,
-        **{name: getattr(message, name) for name in _PLAIN},
-        logit_bias=dict(message.logit_bias),
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-    )
+    given.update((name, getattr(message, name)) for name in _PLAIN)
+    return given | {
+        "logit_bias": dict(message.logit_bias),
+        "stop": tuple(message.stop),
+        "stop_token_ids": tuple(message.stop_token_ids),
+    }
 
 
-def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
-    """Every field is written out but those that are None.
+def sampling_to_proto(params: SamplingParams | Mapping[str, Any]) -> pb.SamplingParams:
+    """A record is written out whole but for fields that are None; a mapping as far as it goes.
 
-    Raises BadRequest naming a field whose value has no place on the wire, such as a negative count.
+    Raises BadRequest naming a field that does not exist, or whose value has no place on the wire,
+    such as a negative count.
     """
+    given = (
+        params
+        if isinstance(params, Mapping)
+        else {name: getattr(params, name) for name in SAMPLING_FIELDS}
+    )
+    for name in given:
+        if name not in SAMPLING_FIELDS:
+            raise BadRequest("sampling", name, f"the fields {', '.join(SAMPLING_FIELDS)}")
     message = pb.SamplingParams()
     for name in _OPTIONAL + _PLAIN:
-        value = getattr(params, name)
+        value = given.get(name)
         if value is not None:
             try:
                 setattr(message, name, value)
@@ -65,8 +77,9 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
                 wanted = type(getattr(message, name)).__name__
                 allowed = f"a non-negative {wanted}" if wanted == "int" else f"a {wanted}"
                 raise BadRequest(name, value, allowed) from None
-    for name in ("logit_bias", "stop", "stop_token_ids"):
-        _set_many(message, name, getattr(params, name))
+    for name in _MANY:
+        if name in given:
+            _set_many(message, name, given[name])
     return message
 
 

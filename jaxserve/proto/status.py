@@ -19,6 +19,7 @@ from jaxserve.errors import (
     NotBuilt,
     NotReady,
     QueueFull,
+    Unauthenticated,
     UnknownModel,
 )
 
@@ -31,7 +32,15 @@ RETRY_PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 _CODES: Final = {code.name: code for code in grpc.StatusCode}
 _PLAIN: Final[dict[str, type[JaxserveError]]] = {
     error.grpc_code: error
-    for error in (UnknownModel, ConfigError, DeadlinePassed, Cancelled, NotReady, NotBuilt)
+    for error in (
+        UnknownModel,
+        ConfigError,
+        DeadlinePassed,
+        Cancelled,
+        NotReady,
+        NotBuilt,
+        Unauthenticated,
+    )
 }
 
 

@@ -13,11 +13,11 @@ from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto.convert import (
     REASON_FROM_PROTO,
     REASON_TO_PROTO,
-    sampling_from_proto,
+    given_sampling,
     sampling_to_proto,
 )
 from jaxserve.proto.status import RETRY_DELAY_KEY, from_status
-from jaxserve.request import Delta, Request, TokenLogprob
+from jaxserve.request import Delta, Request, SamplingParams, TokenLogprob
 
 __all__ = [
     "REASON_FROM_PROTO",
@@ -50,7 +50,7 @@ def submit_from_proto(submit: pb.Submit, *, now_s: float) -> Request:
     return Request(
         request_id=submit.request_id,
         prompt=np.frombuffer(submit.prompt, "<i4").astype(np.int32),
-        params=sampling_from_proto(submit.sampling),
+        params=SamplingParams(**given_sampling(submit.sampling)),
         client=submit.client,
         priority=submit.priority,
         arrived_s=now_s,

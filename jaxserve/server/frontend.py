@@ -1,10 +1,11 @@
-"""The front end's gRPC server: binds calls to a port, names every error, drains and stops.
+"""The front end's servers: binds gRPC and HTTP to ports, names every error, drains and stops.
 
 Knows sockets and statuses. What the calls do is in `servicer.py`.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,15 +14,16 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jaxserve.config import CacheConfig
 from jaxserve.errors import ConfigError, JaxserveError, NotBuilt, NotReady
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto.status import to_status
-from jaxserve.server import health
-from jaxserve.server.link import LinkStatistics, ReplicaLink
-from jaxserve.server.request_log import RequestLog, log_fault
+from jaxserve.server import health, metrics
+from jaxserve.server.desk import Desk
+from jaxserve.server.http_app import make_app
+from jaxserve.server.http_server import HttpServer
+from jaxserve.server.link import LinkStatistics
+from jaxserve.server.request_log import log_fault
 from jaxserve.server.servicer import Context, JaxserveServicer
-from jaxserve.server.tokenizer import Tokenizer
 from jaxserve.server.wire import parse
 from jaxserve.server_config import ServerConfig
 
@@ -30,6 +32,7 @@ _ADMIN: Final = pb.DESCRIPTOR.services_by_name["Admin"]
 TRANSPORT_FACTOR: Final = 4
 """gRPC drops messages over its own limit with RESOURCE_EXHAUSTED, before we see them; ours, which
 answers INVALID_ARGUMENT and says what is allowed, is this much lower."""
+STATISTICS_TIMEOUT_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,63 +45,68 @@ class FrontendStatistics:
 
 
 class FrontendServer:
-    """A listening front end. Made by `start_frontend`; all methods belong to one event loop."""
+    """A listening front end. Made by `start_frontend`; all methods belong to one event loop.
+
+    `port` is gRPC's, `http_port` HTTP's, or None where it is not served.
+    """
 
     def __init__(
-        self, server: grpc.aio.Server, servicer: JaxserveServicer, health_: health.Health, port: int
+        self,
+        desk: Desk,
+        server: grpc.aio.Server,
+        http: HttpServer | None,
+        health_: health.Health,
+        port: int,
     ):
         self.port = port
+        self.http_port = None if http is None else http.port
+        self._desk = desk
         self._server = server
-        self._servicer = servicer
+        self._http = http
         self._health = health_
 
     def begin_drain(self) -> None:
         """Refuse new requests with UNAVAILABLE and turn NOT_SERVING; live requests go on."""
-        self._servicer.draining = True
+        self._desk.draining = True
         self._health.begin_drain()
 
     async def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no request is live; False when `timeout_s` passed first."""
         try:
-            await asyncio.wait_for(self._servicer.wait_idle(), timeout_s)
+            await asyncio.wait_for(self._desk.wait_idle(), timeout_s)
         except TimeoutError:
             return False
         return True
 
     async def end_rest(self, *, flush_s: float = 1.0) -> None:
         """End the requests that are still live with UNAVAILABLE, and give them time to say so."""
-        self._servicer.end_rest(NotReady("the server is shutting down; send the request elsewhere"))
+        self._desk.end_rest(NotReady("the server is shutting down; send the request elsewhere"))
         await self.wait_idle(flush_s)
 
     async def stop(self) -> None:
-        """Close the port and every call at once."""
+        """Close the ports and every call at once."""
         await self._server.stop(grace=None)
+        if self._http is not None:
+            await self._http.stop()
         await self._health.close()
 
     def statistics(self) -> FrontendStatistics:
-        servicer = self._servicer
+        desk = self._desk
         return FrontendStatistics(
-            live=servicer.num_live,
-            requests=servicer.num_requests,
-            refused=servicer.num_refused,
-            draining=servicer.draining,
-            link=servicer.link.statistics(),
+            live=desk.num_live,
+            requests=desk.num_requests,
+            refused=desk.num_refused,
+            draining=desk.draining,
+            link=desk.link.statistics(),
         )
 
 
 async def start_frontend(
-    config: ServerConfig,
-    link: ReplicaLink,
-    tokenizer: Tokenizer | None,
-    *,
-    cache: CacheConfig,
-    configuration: Mapping[str, str],
-    request_log: RequestLog,
+    config: ServerConfig, desk: Desk, *, configuration: Mapping[str, str]
 ) -> FrontendServer:
-    """Listen on `config.host` and `config.port`. The link may still be connecting.
+    """Listen on the ports of `config`. The desk's link may still be connecting.
 
-    `cache` says how prompts share prefixes, `configuration` is what GetServerInfo shows.
-    Raises ConfigError when the port is taken.
+    `configuration` is what GetServerInfo shows. Raises ConfigError when a port is taken.
     """
     max_bytes = int(config.max_message_mb * 2**20)
     server = grpc.aio.server(
@@ -112,25 +120,57 @@ async def start_frontend(
             ("grpc.keepalive_timeout_ms", 20_000),
         )
     )
-    servicer = JaxserveServicer(
-        link, tokenizer, cache, configuration=configuration, request_log=request_log
-    )
+    servicer = JaxserveServicer(desk, configuration=configuration)
     health_ = health.Health([_JAXSERVE.full_name])
-    link.add_listener(health_.set_ready)
+    desk.link.add_listener(health_.set_ready)
     server.add_generic_rpc_handlers(_handlers(servicer, max_bytes=max_bytes))
     health_pb2_grpc.add_HealthServicer_to_server(health_.servicer, server)
     names = (_JAXSERVE.full_name, _ADMIN.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
-    except RuntimeError as error:
+        port = _bind(server, config.host, config.port)
+        http = await _start_http(config, desk, port, max_bytes=max_bytes)
+    except ConfigError:
         await health_.close()
-        raise ConfigError(
-            f"port: got {config.port} on {config.host}, which cannot be bound; is another server "
-            "using it? try --port=0 for any free one"
-        ) from error
+        raise
     await server.start()
-    return FrontendServer(server, servicer, health_, port)
+    return FrontendServer(desk, server, http, health_, port)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    try:
+        return server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"port: got {port} on {host}, which cannot be bound; is another server using it? try "
+            "--port=0 for any free one"
+        ) from error
+
+
+async def _start_http(
+    config: ServerConfig, desk: Desk, grpc_port: int, *, max_bytes: int
+) -> HttpServer | None:
+    if config.http_port == -1:
+        return None
+    port = config.http_port
+    if port is None:
+        port = 0 if config.port == 0 else grpc_port + 1
+    app = make_app(desk, max_body_bytes=max_bytes, exposition=lambda: _exposition(desk))
+    return await HttpServer.start(app, host=config.host, port=port)
+
+
+async def _exposition(desk: Desk) -> tuple[bytes, str]:
+    """The metrics page and its content type; without the engine's part while it is away."""
+    replica, name, model = None, "", ""
+    with suppress(NotReady, grpc.aio.AioRpcError):
+        description = desk.link.description
+        name, model = description.replica, description.model.model
+        request = pb.GetStatisticsRequest()
+        replica = await desk.link.stub.GetStatistics(request, timeout=STATISTICS_TIMEOUT_S)
+    page = metrics.exposition(
+        desk.metrics, replica, model_name=model, engine=name, num_live=desk.num_live
+    )
+    return page, metrics.CONTENT_TYPE
 
 
 # ------------------------------------------------------------------------------------ binding

@@ -7,12 +7,11 @@ tokenizer prints token ids. Exit codes: 0 done, 1 the answer failed, 2 bad input
 import asyncio
 import dataclasses
 import os
-import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from rich.console import Console
@@ -24,6 +23,7 @@ from jaxserve.request import Delta, FinishReason, Request, SamplingParams
 from jaxserve.server.answer import Answer
 from jaxserve.server.convert import report_to_proto
 from jaxserve.server.logs import set_up_logging
+from jaxserve.server.model_text import ModelText, load_model_text
 from jaxserve.server.progress import ProgressDisplay
 from jaxserve.server.tokenizer import Tokenizer
 from jaxserve.server_config import GenerateConfig, LogConfig
@@ -41,13 +41,14 @@ REQUEST_ID: Final = "generate"
 def main(settings: Settings) -> int:
     """Print one answer; returns the exit code. Raises ConfigError for what the user can mend."""
     config = _read_prompt(settings.record(GenerateConfig))
-    params = settings.record(SamplingParams)
+    settings.record(SamplingParams)  # raises what is wrong with the flags' types
+    sampling = settings.values(SamplingParams)
     try:
         if config.server:
-            pieces = answer_of_server(config, params, model=_model_for_server(settings))
+            pieces = answer_of_server(config, sampling, model=_model_for_server(settings))
         else:
             set_up_logging(settings.record(LogConfig).log_level)
-            pieces = answer_of_engine(config, params, settings.record(EngineConfig))
+            pieces = answer_of_engine(config, sampling, settings.record(EngineConfig))
         return asyncio.run(_print_all(pieces))
     except ConfigError:
         raise
@@ -92,16 +93,19 @@ def _spaced(token_ids: Sequence[int]) -> str:
 
 
 async def answer_of_server(
-    config: GenerateConfig, params: SamplingParams, *, model: str
+    config: GenerateConfig, sampling: Mapping[str, Any], *, model: str
 ) -> AsyncIterator[str]:
-    """The text, or the token ids, that the server at `config.server` answers."""
+    """The text, or the token ids, that the server at `config.server` answers.
+
+    `sampling` are the fields that the command line sets; the server fills in the model's defaults.
+    """
     from jaxserve.client import AsyncClient  # gRPC, which an engine in here does without
 
-    async with AsyncClient(config.server) as client:
+    async with AsyncClient(config.server, api_key=config.api_key) as client:
         has_text = bool(config.prompt) or (await client.model_info(model)).has_tokenizer
         chunks = client.generate(
             config.prompt or config.prompt_ids,
-            sampling=params,
+            sampling=sampling,
             timeout_s=config.timeout_s,
             model=model,
         )
@@ -111,17 +115,18 @@ async def answer_of_server(
 
 
 def answer_of_engine(
-    config: GenerateConfig, params: SamplingParams, engine: EngineConfig
+    config: GenerateConfig, sampling: Mapping[str, Any], engine: EngineConfig
 ) -> AsyncIterator[str]:
     """The same from an engine in this process, built at once for one row at a time."""
     # JAX takes a second to load, which `--server` should not cost.
     from jaxserve.engine.build import build_engine
-    from jaxserve.models.sources import parse_source
-    from jaxserve.models.text_files import tokenizer_file
+    from jaxserve.models.sources import load_model_config, parse_source
+    from jaxserve.models.text_files import read_text_files
 
-    path = tokenizer_file(parse_source(engine.model))
-    tokenizer = None if path is None else Tokenizer.load(path)
-    local = _LocalAnswer(_make_request(config, params, tokenizer), tokenizer)
+    text = load_model_text(read_text_files(engine.model))
+    max_context = load_model_config(parse_source(engine.model)).max_context
+    request = _make_request(config, sampling, text, max_context=max_context)
+    local = _LocalAnswer(request, text.tokenizer)
     scheduler = dataclasses.replace(engine.scheduler, max_rows=1)
     progress = ProgressDisplay(Console(stderr=True))
     try:
@@ -137,16 +142,15 @@ def answer_of_engine(
 
 
 def _make_request(
-    config: GenerateConfig, params: SamplingParams, tokenizer: Tokenizer | None
+    config: GenerateConfig, sampling: Mapping[str, Any], text: ModelText, *, max_context: int
 ) -> Request:
-    if config.prompt and tokenizer is None:
+    if config.prompt and text.tokenizer is None:
         raise BadRequest("prompt", config.prompt, "--token_ids, since the model has no tokenizer")
-    if config.prompt and tokenizer is not None:
-        prompt = tokenizer.encode(config.prompt)
+    if config.prompt and text.tokenizer is not None:
+        prompt = text.tokenizer.encode(config.prompt)
     else:
         prompt = np.asarray(config.prompt_ids, np.int64)
-    if params.seed is None:
-        params = dataclasses.replace(params, seed=secrets.randbits(63))
+    params = text.sampling_params(sampling, room=max_context - prompt.size)
     return Request(request_id=REQUEST_ID, prompt=prompt, params=params)
 
 

@@ -28,6 +28,7 @@ OK: Final = "OK"
 
 REJECTIONS: Final = {
     "INVALID_ARGUMENT": "bad_request",
+    "UNAUTHENTICATED": "unauthenticated",
     "NOT_FOUND": "unknown_model",
     "RESOURCE_EXHAUSTED": "queue_full",
     "UNAVAILABLE": "not_ready",

@@ -17,13 +17,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
-    """One request's line. Times are seconds since it arrived; `code` is a gRPC code's name."""
+    """One request's line. Times are seconds since it arrived; `code` is a gRPC code's name.
+
+    `trusted` says that an API key named the client.
+    """
 
     request_id: str
     method: str
     model: str
-    client: str
     peer: str
+    client: str = ""
+    trusted: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

@@ -20,7 +20,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from rich.console import Console
 
@@ -29,10 +30,15 @@ from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings
 from jaxserve.models.text_files import read_text_files
 from jaxserve.server.engine_launch import Ready
+from jaxserve.server.identity import Gate
 from jaxserve.server.logs import set_up_logging
 from jaxserve.server.progress import ProgressDisplay
 from jaxserve.server.supervisor import EngineLost, EngineSupervisor
 from jaxserve.server_config import LogConfig, ServerConfig
+
+if TYPE_CHECKING:
+    from jaxserve.server.frontend import FrontendServer
+    from jaxserve.server.model_text import ModelText
 
 EXIT_ENGINE_LOST: Final = 1
 MOST_SOCKET_PATH_CHARS: Final = 100
@@ -48,6 +54,8 @@ def main(settings: Settings) -> int:
     with socket_directory() as directory:
         serving = _Serving(settings, directory, started_s)
         check_port(server.host, server.port)
+        if server.http_port != -1 and server.port:
+            check_port(server.host, server.http_port or server.port + 1, field="http_port")
         set_up_logging(settings.record(LogConfig).log_level)
         print(settings.describe(), flush=True)
         try:
@@ -57,7 +65,7 @@ def main(settings: Settings) -> int:
             return EXIT_ENGINE_LOST
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, *, field: str = "port") -> None:
     """Raise ConfigError unless `host:port` can be bound, before anything slow is started."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
@@ -71,8 +79,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
         except OSError as error:
             raise ConfigError(
-                f"port: got {port} on {host}: {error.strerror}; is another server using it? "
-                "try --port=0 for any free one"
+                f"{field}: got {port} on {host}: {error.strerror}; is another server using it? "
+                f"try --{field}=0 for any free one"
             ) from None
 
 
@@ -97,7 +105,11 @@ class _Serving:
         self._engine = settings.record(EngineConfig)
         self._config = settings.record(ServerConfig)
         self._log = settings.record(LogConfig)
-        self._text = read_text_files(self._engine.model)
+        # Read here, so that a damaged file is told of before anything slow is started.
+        self._text_files = read_text_files(
+            self._engine.model, chat_template=self._config.chat_template
+        )
+        self._gate = Gate(Path(self._config.api_keys) if self._config.api_keys else None)
         self._directory = directory
         self._started_s = started_s
         self._signalled = asyncio.Event()
@@ -134,29 +146,30 @@ class _Serving:
         self, engine: asyncio.Task[None], signalled: asyncio.Task[bool], files: ExitStack
     ) -> int:
         # Imported here: the engine loads JAX in the other process meanwhile.
+        from jaxserve.server.desk import Desk
         from jaxserve.server.frontend import start_frontend
         from jaxserve.server.link import ReplicaLink
+        from jaxserve.server.model_text import load_model_text
         from jaxserve.server.request_log import RequestLog
-        from jaxserve.server.tokenizer import Tokenizer
 
-        path = self._text.tokenizer
-        tokenizer = None if path is None else Tokenizer.load(path)
+        with_defaults = self._config.sampling_defaults == "model"
+        text = load_model_text(self._text_files, with_defaults=with_defaults)
         link = ReplicaLink(f"unix:{self._directory}/engine.sock")
-        frontend = await start_frontend(
-            self._config,
+        desk = Desk(
             link,
-            tokenizer,
-            cache=self._engine.cache,
-            configuration=self._settings.as_text(),
+            text,
+            cache=self._engine.cache.resolved(has_keys=self._gate.has_keys),
+            gate=self._gate,
             request_log=RequestLog(self._open_request_log(files)),
         )
+        frontend = await start_frontend(self._config, desk, configuration=self._settings.as_text())
         try:
             assert self._ready is not None
             if not await _first(self._ready, engine, signalled):
                 return 0
             link.start()
             await link.wait_ready()
-            self._announce(self._ready.result(), frontend.port, has_text=tokenizer is not None)
+            self._announce(self._ready.result(), frontend, text)
             await _first(signalled, engine)
             num_live, drain_s = frontend.statistics().live, self._config.drain_s
             logger.info("draining: up to %g s for %d live requests", drain_s, num_live)
@@ -185,21 +198,28 @@ class _Serving:
         else:
             self._ready.set_result(ready)
 
-    def _announce(self, ready: Ready, port: int, *, has_text: bool) -> None:
-        """The KV pool, the address, and one line to paste."""
+    def _announce(self, ready: Ready, frontend: "FrontendServer", text: "ModelText") -> None:
+        """The KV pool, the addresses, and lines to paste."""
         self._progress.close()
         host = "127.0.0.1" if self._config.host in ("0.0.0.0", "[::]") else self._config.host
-        address = f"{host}:{port}"
+        address = f"{host}:{frontend.port}"
         num_tokens = ready.num_pages * ready.page_size
-        prompt = '--prompt="ROMEO:"' if has_text else "--token_ids=1,2,3"
         print(
             f"model {self._engine.model} on {ready.device}, {ready.num_programs} programs\n"
             f"KV pool: {ready.num_pages} pages of {ready.page_size} = {num_tokens} tokens\n"
             f"ready after {time.monotonic() - self._started_s:.1f} s"
-            f" (engine {ready.start_s:.1f} s); serving gRPC at {address}\n"
-            f"try: jaxserve generate --server={address} {prompt}",
+            f" (engine {ready.start_s:.1f} s); serving gRPC at {address}",
             flush=True,
         )
+        prompt = '--prompt="ROMEO:"' if text.tokenizer is not None else "--token_ids=1,2,3"
+        lines = [f"try: jaxserve generate --server={address} {prompt}"]
+        if frontend.http_port is not None:
+            url = f"http://{host}:{frontend.http_port}/v1"
+            print(f"serving HTTP at {url}, metrics at {url.removesuffix('/v1')}/metrics")
+            if text.template is not None:
+                body = '{"messages": [{"role": "user", "content": "Who art thou?"}]}'
+                lines.append(f"     curl {url}/chat/completions -d '{body}'")
+        print("\n".join(lines), flush=True)
 
     def _open_request_log(self, files: ExitStack) -> TextIO | None:
         path = self._log.request_log

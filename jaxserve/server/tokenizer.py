@@ -77,6 +77,10 @@ class Tokenizer:
             return ByteDetokenizer(self._bytes_of)
         return WindowDetokenizer(self.decode, prompt[-CONTEXT_TOKENS:])
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token stands for; None for special ones and where pieces are not bytes."""
+        return None if self._bytes_of is None else self._bytes_of.get(token)
+
     def _token_text(self, token: int) -> str:
         """One token by itself, special tokens shown."""
         if self._bytes_of is not None and token in self._bytes_of:

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,12 @@ from jaxserve.client import AsyncClient
 from jaxserve.config import CacheConfig
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
+from jaxserve.server.chat_template import ChatTemplate
+from jaxserve.server.desk import Desk
 from jaxserve.server.frontend import FrontendServer, start_frontend
+from jaxserve.server.identity import Gate
 from jaxserve.server.link import ReplicaLink
+from jaxserve.server.model_text import ModelText
 from jaxserve.server.request_log import RequestLog
 from jaxserve.server.tokenizer import Tokenizer
 from jaxserve.server_config import ServerConfig
@@ -170,6 +174,7 @@ class Served:
     """What a test holds: the server, its replica, its log, and a client."""
 
     frontend: FrontendServer
+    desk: Desk
     replica: FakeReplica
     link: ReplicaLink
     client: AsyncClient
@@ -195,6 +200,10 @@ def serve(tmp_path: Path, tokenizer: Tokenizer):
         with_tokenizer: bool = True,
         cache: CacheConfig | None = None,
         max_message_mb: float = 0.25,
+        http: bool = False,
+        keys: Path | None = None,
+        template: str | None = None,
+        sampling_defaults: Mapping[str, float] | None = None,
     ) -> AsyncIterator[Served]:
         log_path = tmp_path / "requests.jsonl"
         replica = FakeReplica(tmp_path / "replica.sock", script)
@@ -204,20 +213,28 @@ def serve(tmp_path: Path, tokenizer: Tokenizer):
             stack.push_async_callback(replica.stop)
             link.start()
             stack.push_async_callback(link.close)
-            frontend = await start_frontend(
-                ServerConfig(port=0, max_message_mb=max_message_mb),
+            gate = Gate(keys)
+            desk = Desk(
                 link,
-                tokenizer if with_tokenizer else None,
-                cache=cache or CacheConfig(),
-                configuration={"model": "tiny"},
+                ModelText(
+                    tokenizer=tokenizer if with_tokenizer else None,
+                    template=None if template is None else ChatTemplate(template, {}),
+                    sampling_defaults=sampling_defaults or {},
+                ),
+                cache=(cache or CacheConfig()).resolved(has_keys=gate.has_keys),
+                gate=gate,
                 request_log=RequestLog(stack.enter_context(log_path.open("a"))),
             )
+            config = ServerConfig(
+                port=0, http_port=0 if http else -1, max_message_mb=max_message_mb
+            )
+            frontend = await start_frontend(config, desk, configuration={"model": "tiny"})
             stack.push_async_callback(frontend.stop)
             await link.wait_ready(5)
             target = f"127.0.0.1:{frontend.port}"
             client = await stack.enter_async_context(AsyncClient(target))
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(target))
-            yield Served(frontend, replica, link, client, channel, log_path)
+            yield Served(frontend, desk, replica, link, client, channel, log_path)
 
     return serving
 

@@ -141,7 +141,7 @@ async def test_a_live_request_id_is_not_given_twice(serve):
 
 async def test_text_needs_a_tokenizer(serve, answer):
     async with serve(script=answer([5]), with_tokenizer=False) as served:
-        with pytest.raises(BadRequest, match="text: got 'hi'; allowed: token ids only: model"):
+        with pytest.raises(BadRequest, match="text: got 'hi'; allowed: token ids only: the model"):
             await served.client.generate_once("hi")
         with pytest.raises(BadRequest, match="detokenize: got True; allowed: token ids only"):
             await served.client.generate_once([1], detokenize=True)

@@ -3,7 +3,7 @@ import pytest
 
 from jaxserve.errors import BadRequest, InternalError, NotReady, QueueFull
 from jaxserve.proto import jaxserve_v1_pb2 as pb
-from jaxserve.proto.convert import sampling_from_proto, sampling_to_proto
+from jaxserve.proto.convert import given_sampling, sampling_to_proto
 from jaxserve.proto.status import from_status, to_status
 from jaxserve.request import Delta, FinishReason, Request, SamplingParams, TokenLogprob
 from jaxserve.server import convert
@@ -32,11 +32,11 @@ PARAMS = SamplingParams(
 
 @pytest.mark.parametrize("params", [PARAMS, SamplingParams()])
 def test_sampling_survives_the_wire(params):
-    assert sampling_from_proto(sampling_to_proto(params)) == params
+    assert SamplingParams(**given_sampling(sampling_to_proto(params))) == params
 
 
 def test_absent_fields_are_the_records_defaults():
-    assert sampling_from_proto(pb.SamplingParams()) == SamplingParams()
+    assert SamplingParams(**given_sampling(pb.SamplingParams())) == SamplingParams()
 
 
 def test_a_request_survives_the_wire_without_its_stop_strings():

@@ -4,12 +4,10 @@ import asyncio
 
 import pytest
 
-from jaxserve.config import CacheConfig
 from jaxserve.errors import ConfigError, NotReady
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.frontend import start_frontend
 from jaxserve.server.link import MAX_ATTEMPTS
-from jaxserve.server.request_log import RequestLog
 from jaxserve.server_config import ServerConfig
 
 
@@ -113,11 +111,4 @@ async def test_a_port_in_use_is_one_clear_error(serve):
     async with serve() as served:
         port = served.frontend.port
         with pytest.raises(ConfigError, match=f"port: got {port} on 127.0.0.1.*--port=0"):
-            await start_frontend(
-                ServerConfig(port=port),
-                served.link,
-                None,
-                cache=CacheConfig(),
-                configuration={},
-                request_log=RequestLog(None),
-            )
+            await start_frontend(ServerConfig(port=port), served.desk, configuration={})
