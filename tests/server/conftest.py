@@ -170,6 +170,58 @@ class FakeReplica(pb_grpc.ReplicaServicer):
 
 
 @dataclass
+class Reply:
+    """An HTTP answer, read to its end."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[dict | str]:
+        """Of a stream: JSON, and "[DONE]" as it is."""
+        parts = [part.removeprefix("data: ") for part in self.body.decode().split("\n\n") if part]
+        return [part if part == "[DONE]" else json.loads(part) for part in parts]
+
+
+class HttpConnection:
+    """HTTP/1.1 by hand, so that a test sees what is on the wire and can cut it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader, self.writer = reader, writer
+
+    async def send(self, method: str, path: str, body: bytes = b"", **headers: str) -> None:
+        lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self.writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        await self.writer.drain()
+
+    async def head(self) -> tuple[int, dict[str, str]]:
+        status_line, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines if line)
+        return int(status_line.split()[1]), headers
+
+    async def chunk(self) -> bytes:
+        """One part of a chunked body; empty at its end."""
+        size = int(await self.reader.readuntil(b"\r\n"), 16)
+        return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def reply(self) -> Reply:
+        status, headers = await self.head()
+        if "content-length" in headers:
+            body = await self.reader.readexactly(int(headers["content-length"]))
+        else:
+            body = b""
+            while part := await self.chunk():
+                body += part
+        return Reply(status, headers, body)
+
+
+@dataclass
 class Served:
     """What a test holds: the server, its replica, its log, and a client."""
 
@@ -184,6 +236,27 @@ class Served:
     @property
     def target(self) -> str:
         return f"127.0.0.1:{self.frontend.port}"
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[HttpConnection]:
+        assert self.frontend.http_port is not None
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.frontend.http_port)
+        try:
+            yield HttpConnection(reader, writer)
+        finally:
+            writer.close()
+
+    async def get(self, path: str, **headers: str) -> Reply:
+        async with self.connected() as connection:
+            await connection.send("GET", path, **headers)
+            return await connection.reply()
+
+    async def post(self, path: str, body: object, **headers: str) -> Reply:
+        """`body` is sent as JSON, bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.connected() as connection:
+            await connection.send("POST", path, data, **headers)
+            return await connection.reply()
 
     def log_lines(self) -> list[dict]:
         return [json.loads(line) for line in self.log_path.read_text().splitlines()]
