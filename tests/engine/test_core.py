@@ -142,7 +142,20 @@ def test_every_rule_serves_everyone_exactly(slicing: str, admission: str, overla
     harness.run()
     for request in requests:
         assert harness.tokens[request.request_id, 0] == expected(request)
+    assert_every_slice_and_request_was_observed(core)
     assert_all_pages_back(core)
+
+
+def assert_every_slice_and_request_was_observed(core: EngineCore) -> None:
+    now = core.statistics()
+    assert now.slice_steps.count == now.slice_seconds.count == now.slices
+    assert (now.slice_steps.sum, now.scheduling_seconds.count) == (now.steps, now.slices)
+    assert now.request_queue_time_seconds.count == now.received
+    assert now.request_prefill_time_seconds.count == now.received
+    assert now.request_decode_time_seconds.count == now.finished
+    # What is neither idle nor an output token is a step that only ran a part of a prompt.
+    prompt_steps = now.row_steps - now.slice_idle_row_steps - now.output_tokens
+    assert now.slice_idle_row_steps >= 0 and 0 <= prompt_steps <= now.prefill_tokens
 
 
 def test_rows_that_outgrow_the_pool_are_preempted_and_recomputed() -> None:
@@ -156,7 +169,17 @@ def test_rows_that_outgrow_the_pool_are_preempted_and_recomputed() -> None:
         assert harness.tokens[request.request_id, 0] == expected(request)
     assert core.statistics().preemptions > 0
     assert core.statistics().recomputed_tokens > 0
+    assert_every_slice_and_request_was_observed(core)
     assert_all_pages_back(core)
+
+
+def test_statistics_stay_as_they_were_when_asked_for() -> None:
+    core = make_core()
+    harness, before = Harness(core), core.statistics()
+    harness.submit(make_request("r", [1, 2]))
+    harness.run()
+    assert before.slices == before.slice_steps.count == 0
+    assert core.statistics().slices == core.statistics().slice_steps.count > 0
 
 
 def test_a_preemption_makes_the_ratio_rule_careful() -> None:

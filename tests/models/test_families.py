@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.engine.batch import BatchShape, Bucket
+from jaxserve.engine.compile_count import CompileCount
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.devices import open_mesh
@@ -94,6 +95,8 @@ def continue_prompt(source, config: ModelConfig, mesh: str, prompt: np.ndarray, 
         dtype="float32",
     )
     executor.compile_all(lambda _: None, threads=2)
+    count = CompileCount()
+    count.start_serving()
     core = EngineCore(
         CoreConfig(
             limits=Limits(config.vocab_size, config.max_context, max_samples=1),
@@ -116,6 +119,7 @@ def continue_prompt(source, config: ModelConfig, mesh: str, prompt: np.ndarray, 
             core.complete(executor.wait(executor.dispatch(plan)), time.monotonic())
             for delta in core.take_deltas():
                 made += delta.tokens
+    assert count.compiles().serving == 0, "something was not compiled at warm-up"
     return made
 
 

@@ -16,6 +16,7 @@ from jaxserve.engine.core import CoreConfig, EngineCore, Rejection
 from jaxserve.engine.driver import EngineDriver
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.errors import NotReady, QueueFull
+from jaxserve.histogram import Histogram
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.info import ModelInfo
 from jaxserve.proto import jaxserve_v1_pb2 as pb
@@ -233,6 +234,8 @@ def test_describe_statistics_and_loads(tmp_path):
             statistics = await stub.GetStatistics(pb.GetStatisticsRequest())
             assert statistics.engine_restarts == 2
             assert statistics.values["output_tokens"] == 9
+            steps = Histogram.from_flat("slice_steps", statistics.values)
+            assert steps is not None and steps.count == statistics.values["slices"] > 0
             assert statistics.values["pool_total"] == 64
 
             loads = stub.GetLoads(pb.GetLoadsRequest(interval_s=0.02))
