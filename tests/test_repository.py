@@ -28,7 +28,12 @@ MACHINE_PATH = re.compile(rf"(?<![\w.~/-])/(?:{'|'.join(HOMES)})(?![\w-])")
 
 
 # What needs an extra. The peers' drivers run in a venv of their own, and answer for it themselves.
-EXTRAS = {"jaxserve.models.training": "train", "jaxserve.bench.peers": "peers"}
+EXTRAS = {
+    "jaxserve.models.training": "train",
+    "jaxserve.bench.family_check": "bench",
+    "jaxserve.bench.openai_check": "bench",
+    "jaxserve.bench.peers": "peers",
+}
 
 
 @cache

@@ -92,6 +92,7 @@ class ReplicaLink:
         self._listeners: list[Callable[[bool], None]] = []
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
         self._num_connections = self._num_resubmitted = self._num_stale = 0
 
     # -------------------------------------------------------------------------------- life
@@ -106,6 +107,7 @@ class ReplicaLink:
 
     async def close(self) -> None:
         """Disconnect for good; what is still in flight ends with NotReady."""
+        self._closing = True
         self._fail(list(self._flights), NotReady("the server is shutting down"))
         if self._task is not None:
             self._task.cancel()
@@ -234,9 +236,10 @@ class ReplicaLink:
         """The engine is gone: end what it had begun, keep what it had not."""
         if self._outbox is None:
             return
-        logger.warning(
-            "replica %s is gone, %d requests in flight", self._target, len(self._flights)
-        )
+        if not self._closing:
+            logger.warning(
+                "replica %s is gone, %d requests in flight", self._target, len(self._flights)
+            )
         self._stub = self._outbox = None
         self._ready.clear()
         self._tell()

@@ -139,7 +139,8 @@ def test_a_server_starts_answers_survives_its_engine_and_leaves_nothing(tmp_path
             "*num_pages=256" in server.out
             and "KV pool: 256 pages of 64 = 16384 tokens" in server.out
         )
-        pasted = server.out.strip().splitlines()[-1].removeprefix("try: jaxserve ").split()
+        (pasted,) = re.findall(r"^try: jaxserve (.*)$", server.out, re.MULTILINE)
+        pasted = pasted.split()
 
         done = run_jaxserve(*pasted, "--max_tokens=4")
         assert (done.returncode, done.stdout, done.stderr) == (0, "4 5 6 7 \n", "")
@@ -179,6 +180,31 @@ def test_the_first_signal_lets_requests_finish_and_refuses_new_ones(tmp_path, pa
         assert answer.error is None and answer.finish.reason is FinishReason.LENGTH
         assert answer.tokens == list(range(4, 84))
         assert server.wait_end() == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_http_client_that_leaves_gives_its_lease_back_within_two_slices(
+    tmp_path, paced, stream
+):
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1000, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with Server(tmp_path, *paced) as server, Client(server.wait_ready()) as client:
+
+        def now() -> dict:
+            return dict(client.statistics()[0].values)
+
+        url = re.search(r"serving HTTP at http://([\d.]+):(\d+)/v1", server.out)
+        assert url is not None
+        with socket.create_connection((url[1], int(url[2]))) as connection:
+            connection.sendall(head.encode() + body)
+            wait_until(lambda: now()["slices"] >= 3)
+            assert now()["pool_leased"] > 0
+            if stream:
+                assert b"text/event-stream" in connection.recv(65536)
+            slices = now()["slices"]
+        wait_until(lambda: now()["pool_leased"] == 0 and now()["running"] == 0)
+        # One more may have been dispatched before the connection was seen to end.
+        assert now()["slices"] <= slices + 3
 
 
 def test_what_outlasts_drain_s_ends_with_unavailable(tmp_path, paced):

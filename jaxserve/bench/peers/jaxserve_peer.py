@@ -51,9 +51,10 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: its address and the process that was started."""
+    """A running server: gRPC's address, HTTP's base URL, and the process that was started."""
 
     target: str
+    url: str
     pid: int
 
 
@@ -65,13 +66,19 @@ def serving(flags: list[str], *, model: str = f"random:{MODEL}") -> Iterator[Ser
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAXSERVE_")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
+        said = ""
         try:
             for line in process.stdout:
-                if "serving gRPC at " in line:
-                    yield Server(line.split("serving gRPC at ")[1].split()[0], process.pid)
+                said += line
+                if line.startswith("try:"):
                     break
             else:
                 raise RuntimeError("the server ended before it was ready")
+            target, url = (
+                said.split(f"serving {dialect} at ")[1].split()[0].rstrip(",")
+                for dialect in ("gRPC", "HTTP")
+            )
+            yield Server(target, url, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
