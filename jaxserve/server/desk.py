@@ -5,8 +5,8 @@ Knows callers, requests and answers. Knows neither gRPC nor HTTP.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from jaxserve.config import CacheConfig
 from jaxserve.errors import BadRequest, JaxserveError, NotReady
@@ -60,6 +60,20 @@ class Desk:
         return intake
 
     # --------------------------------------------------------------------------- requests
+
+    @contextmanager
+    def reading(self, *, method: str, peer: str) -> Iterator[None]:
+        """Log and count what is refused while it is read, before it is a request."""
+        try:
+            yield
+        except JaxserveError as error:
+            record = RequestRecord(request_id="", method=method, model="", peer=peer)
+            record.code, record.error = error.grpc_code, str(error)
+            self.num_requests += 1
+            self.num_refused += 1
+            self.metrics.refused(record)
+            self._log.write(record)
+            raise
 
     @asynccontextmanager
     async def answering(

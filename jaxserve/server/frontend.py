@@ -5,7 +5,7 @@ Knows sockets and statuses. What the calls do is in `servicer.py`.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -123,7 +123,7 @@ async def start_frontend(
     servicer = JaxserveServicer(desk, configuration=configuration)
     health_ = health.Health([_JAXSERVE.full_name])
     desk.link.add_listener(health_.set_ready)
-    server.add_generic_rpc_handlers(_handlers(servicer, max_bytes=max_bytes))
+    server.add_generic_rpc_handlers(_handlers(desk, servicer, max_bytes=max_bytes))
     health_pb2_grpc.add_HealthServicer_to_server(health_.servicer, server)
     names = (_JAXSERVE.full_name, _ADMIN.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
@@ -177,7 +177,7 @@ async def _exposition(desk: Desk) -> tuple[bytes, str]:
 
 
 def _handlers(
-    servicer: JaxserveServicer, *, max_bytes: int
+    desk: Desk, servicer: JaxserveServicer, *, max_bytes: int
 ) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
     calls = {
         "Generate": (pb.GenerateRequest, servicer.generate),
@@ -193,7 +193,9 @@ def _handlers(
         "SubscribeKvEvents": (pb.SubscribeKvEventsRequest, servicer.subscribe_kv_events),
     }
     served = {
-        method.name: _handler(method, _guarded(*calls[method.name], max_bytes=max_bytes))
+        method.name: _handler(
+            method, _guarded(desk, method, *calls[method.name], max_bytes=max_bytes)
+        )
         for method in _JAXSERVE.methods
     }
     unbuilt = {method.name: _handler(method, _not_built(method)) for method in _ADMIN.methods}
@@ -219,13 +221,22 @@ def _serialize(message: Message) -> bytes:
 
 
 def _guarded(
-    kind: type[Message], call: Callable[[Any, Context], Awaitable[Any]], *, max_bytes: int
+    desk: Desk,
+    method: Any,
+    kind: type[Message],
+    call: Callable[[Any, Context], Awaitable[Any]],
+    *,
+    max_bytes: int,
 ) -> Callable[[bytes, Context], Awaitable[Any]]:
     """`call` with its request parsed, and every error as a status."""
+    generates = kind is pb.GenerateRequest
 
     async def behaviour(data: bytes, context: Context) -> Any:
+        reading = desk.reading(method=method.name, peer=context.peer())
         try:
-            return await call(parse(kind, data, max_bytes=max_bytes), context)
+            with reading if generates else nullcontext():
+                message = parse(kind, data, max_bytes=max_bytes)
+            return await call(message, context)
         except JaxserveError as error:
             await _refuse(context, error)
         except Exception:

@@ -13,7 +13,7 @@ import math
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -63,12 +63,16 @@ def make_app(desk: Desk, *, max_body_bytes: int, exposition: Exposition) -> ASGI
     openai = _OpenAi(desk)
 
     def posted(
-        kind: type[Kind], handle: Callable[["Call", Parsed[Kind]], Coroutine[Any, Any, None]]
+        kind: type[Kind], prepare: Callable[["Call", Parsed[Kind]], Awaitable["_Prepared"]]
     ) -> ASGIApp:
-        async def run(call: "Call") -> None:
-            desk.gate.identify(call.headers)  # before anything is read
-            parsed = parse_body(kind, await call.body(max_body_bytes))
-            await call.while_connected(handle(call, parsed))
+        async def run(call: Call) -> None:
+            with desk.reading(method=call.path, peer=call.peer):
+                desk.gate.identify(call.headers)  # before anything is read
+                parsed = parse_body(kind, await call.body(max_body_bytes))
+                with _renamed(parsed.names):
+                    prepared = await prepare(call, parsed)
+            with _renamed(parsed.names):
+                await call.while_connected(openai.answer(call, parsed, prepared))
 
         return _Endpoint(run)
 
@@ -95,8 +99,12 @@ def make_app(desk: Desk, *, max_body_bytes: int, exposition: Exposition) -> ASGI
 
     return Starlette(
         routes=[
-            Route("/v1/completions", posted(CompletionBody, openai.complete), methods=["POST"]),
-            Route("/v1/chat/completions", posted(ChatBody, openai.chat), methods=["POST"]),
+            Route(
+                "/v1/completions",
+                posted(CompletionBody, openai.prepare_completion),
+                methods=["POST"],
+            ),
+            Route("/v1/chat/completions", posted(ChatBody, openai.prepare_chat), methods=["POST"]),
             Route("/v1/models", _Endpoint(models), methods=["GET"]),
             Route("/v1/models/{model:path}", _Endpoint(model), methods=["GET"]),
             Route("/health", _Endpoint(health), methods=["GET"]),
@@ -245,60 +253,80 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 # ----------------------------------------------------------------------------- OpenAI's calls
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A body's requests, one per prompt, and what writes their answers."""
+
+    asks: list[Ask]
+    writer: Writer
+
+
 class _OpenAi:
     """The two endpoints that generate."""
 
     def __init__(self, desk: Desk):
         self._desk = desk
 
-    async def complete(self, call: Call, parsed: Parsed[CompletionBody]) -> None:
+    async def prepare_completion(self, call: Call, parsed: Parsed[CompletionBody]) -> _Prepared:
         """/v1/completions"""
-        with _renamed(parsed.names):
-            prompts = read_prompts(parsed.body)
-            ask = self._ask(call, parsed)
-            numbered = len(prompts) > 1
-            asks = [
-                replace(
-                    ask,
-                    prompt=prompt,
-                    request_id=f"{ask.request_id}-{place}" if numbered else ask.request_id,
-                )
-                for place, prompt in enumerate(prompts)
-            ]
-            echoes = [self._echo(prompt) for prompt in prompts] if parsed.body.echo else []
-            writer = CompletionWriter(
-                **self._writer_fields(parsed, ask), echoes=echoes, num_samples=parsed.body.n or 1
+        prompts = read_prompts(parsed.body)
+        ask = self._ask(call, parsed)
+        numbered = len(prompts) > 1
+        asks = [
+            replace(
+                ask,
+                prompt=prompt,
+                request_id=f"{ask.request_id}-{place}" if numbered else ask.request_id,
             )
-            await self._answer(call, parsed, asks, writer)
+            for place, prompt in enumerate(prompts)
+        ]
+        echoes = [self._echo(prompt) for prompt in prompts] if parsed.body.echo else []
+        fields = self._writer_fields(parsed, ask)
+        num_samples = parsed.body.n or 1
+        return _Prepared(asks, CompletionWriter(**fields, echoes=echoes, num_samples=num_samples))
 
-    async def chat(self, call: Call, parsed: Parsed[ChatBody]) -> None:
+    async def prepare_chat(self, call: Call, parsed: Parsed[ChatBody]) -> _Prepared:
         """/v1/chat/completions"""
         body, text = parsed.body, self._desk.text
-        with _renamed(parsed.names):
-            intake = self._desk.intake(body.model or "")
-            template = text.need_template("messages", f"{len(body.messages)} messages")
-            text.need_tokenizer("messages", f"{len(body.messages)} messages")
-            continued = bool(body.continue_final_message)
-            wanted = body.add_generation_prompt
-            prompt = template.render(
-                [message.for_template() for message in body.messages],
-                add_generation_prompt=not continued if wanted is None else wanted,
-                continue_final_message=continued,
-                variables=body.chat_template_kwargs or {},
-            )
-            # Templates write the special tokens themselves.
-            special = bool(body.add_special_tokens)
-            ids = await intake.encode(prompt, add_special_tokens=special)
-            ask = replace(self._ask(call, parsed), prompt=ids.astype(np.int64))
-            writer = ChatWriter(**self._writer_fields(parsed, ask))
-            await self._answer(call, parsed, [ask], writer)
+        intake = self._desk.intake(body.model or "")
+        template = text.need_template("messages", f"{len(body.messages)} messages")
+        text.need_tokenizer("messages", f"{len(body.messages)} messages")
+        continued = bool(body.continue_final_message)
+        wanted = body.add_generation_prompt
+        prompt = template.render(
+            [message.for_template() for message in body.messages],
+            add_generation_prompt=not continued if wanted is None else wanted,
+            continue_final_message=continued,
+            variables=body.chat_template_kwargs or {},
+        )
+        # Templates write the special tokens themselves.
+        special = bool(body.add_special_tokens)
+        ids = await intake.encode(prompt, add_special_tokens=special)
+        ask = replace(self._ask(call, parsed), prompt=ids.astype(np.int64))
+        return _Prepared([ask], ChatWriter(**self._writer_fields(parsed, ask)))
+
+    async def answer(self, call: Call, parsed: Parsed[Any], prepared: _Prepared) -> None:
+        """Hand in the requests and write what comes."""
+        stream = bool(parsed.body.stream)
+        async with AsyncExitStack() as stack:
+            answers = [
+                await stack.enter_async_context(
+                    self._desk.answering(
+                        ask, call.headers, method=call.path, peer=call.peer, once=not stream
+                    )
+                )
+                for ask in prepared.asks
+            ]
+            if stream:
+                include_usage = parsed.include_usage
+                await _stream(call, prepared.writer, answers, include_usage=include_usage)
+            else:
+                await _respond(call, prepared.writer, answers)
 
     def _ask(self, call: Call, parsed: Parsed[Any]) -> Ask:
         """What is the same for all prompts of a body."""
         body = parsed.body
-        call.request_id = (
-            body.request_id or call.headers.get(REQUEST_ID_HEADER) or f"{uuid.uuid4().hex}"
-        )
+        call.request_id = body.request_id or call.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
         return Ask(
             prompt=None,
             sampling=parsed.sampling,
@@ -330,27 +358,6 @@ class _OpenAi:
         vocab_size = self._desk.intake().limits.vocab_size
         # Ids that do not exist are refused by name a moment later.
         return tokenizer.decode([token for token in prompt.tolist() if 0 <= token < vocab_size])
-
-    async def _answer(
-        self, call: Call, parsed: Parsed[Any], asks: list[Ask], writer: Writer
-    ) -> None:
-        async with AsyncExitStack() as stack:
-            answers = [
-                await stack.enter_async_context(
-                    self._desk.answering(
-                        ask,
-                        call.headers,
-                        method=call.path,
-                        peer=call.peer,
-                        once=not parsed.body.stream,
-                    )
-                )
-                for ask in asks
-            ]
-            if parsed.body.stream:
-                await _stream(call, writer, answers, include_usage=parsed.include_usage)
-            else:
-                await _respond(call, writer, answers)
 
 
 @contextmanager

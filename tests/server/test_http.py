@@ -359,6 +359,9 @@ async def test_bad_bodies_are_refused_by_name_and_the_server_goes_on(serve_http,
             assert error["type"] == "invalid_request_error"
             assert error["message"].startswith(param.partition("[")[0])
         assert not served.replica.submits
+        lines = served.log_lines()
+        assert len(lines) == len(BAD) and {line["code"] for line in lines} == {"INVALID_ARGUMENT"}
+        assert served.desk.metrics.request_errors["INVALID_ARGUMENT"] == len(BAD)
         assert (await served.post(COMPLETIONS, {"prompt": "x"})).status == 200
         assert (
             "a conversation begins"

@@ -183,9 +183,7 @@ def test_the_first_signal_lets_requests_finish_and_refuses_new_ones(tmp_path, pa
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_http_client_that_leaves_gives_its_lease_back_within_two_slices(
-    tmp_path, paced, stream
-):
+def test_an_http_client_that_leaves_gives_its_lease_back_within_two_slices(tmp_path, paced, stream):
     body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1000, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     with Server(tmp_path, *paced) as server, Client(server.wait_ready()) as client:
