@@ -21,7 +21,14 @@ from jaxserve.config import (
     EngineConfig,
 )
 from jaxserve.request import SamplingParams
-from jaxserve.server_config import LOG_LEVELS, GenerateConfig, LogConfig, ServerConfig
+from jaxserve.server_config import (
+    CONVERT_DTYPES,
+    LOG_LEVELS,
+    ConvertConfig,
+    GenerateConfig,
+    LogConfig,
+    ServerConfig,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,15 @@ PROMPT: Final = Group(
         Flag("token_ids", GenerateConfig, "token_ids", "the prompt as ids, such as 5,17,3"),
         Flag("server", GenerateConfig, "server", "host:port; empty: run the engine right here"),
         Flag("timeout_s", GenerateConfig, "timeout_s", "longest time for the whole answer"),
+        LOG_LEVEL,
+    ),
+)
+CONVERSION: Final = Group(
+    "conversion",
+    (
+        Flag("model", ConvertConfig, "model", "hf:<directory>"),
+        Flag("output", ConvertConfig, "output", "model directory to write"),
+        Flag("dtype", ConvertConfig, "dtype", "to store; auto: as it is", CONVERT_DTYPES),
         LOG_LEVEL,
     ),
 )

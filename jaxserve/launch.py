@@ -48,6 +48,12 @@ COMMANDS: Final = {
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
     ),
+    "convert": Command(
+        "write a Hugging Face model as one of ours",
+        "jaxserve.server.convert_model",
+        "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
+        (table.CONVERSION,),
+    ),
 }
 
 
