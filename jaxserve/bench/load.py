@@ -15,7 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
-import ml_dtypes
+import jax.numpy as jnp
+import numpy as np
 from safetensors.numpy import save_file
 
 from jaxserve.models.config import ModelConfig
@@ -42,6 +43,7 @@ class Loading:
     weight_bytes: int
     seconds: float
     raw_seconds: float
+    touch_seconds: float
     beyond_bytes: int
 
     @property
@@ -53,6 +55,14 @@ class Loading:
     def raw_rate(self) -> float:
         """Bytes per second of a plain read, in the same process just before."""
         return self.checkpoint_bytes / self.raw_seconds
+
+    @property
+    def touch_rate(self) -> float:
+        """Bytes of weights per second that fresh memory of their size took to be written once.
+
+        A virtual machine may have to be given the memory first. It is given back for the loading.
+        """
+        return self.weight_bytes / self.touch_seconds
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, *, seed: int = 0) -> None:
@@ -78,7 +88,7 @@ def write_checkpoint(directory: Path, config: ModelConfig, *, seed: int = 0) -> 
     for number, shapes in enumerate(_files(hf_shapes(config))):
         file = f"model-{number:05}.safetensors"
         tensors = {
-            name: hf_tensor(name, shape, seed=seed).astype(ml_dtypes.bfloat16)
+            name: hf_tensor(name, shape, seed=seed).astype(jnp.bfloat16)
             for name, shape in shapes.items()
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -126,6 +136,8 @@ def _measure_here(directory: Path, dtype: str, model: str, mesh: str) -> Loading
     checkpoint_bytes = sum(path.stat().st_size for path in files)
     _read_all(files)  # warms the page cache
     raw_seconds = min(_seconds(lambda: _read_all(files)) for _ in range(2))
+    itemsize = np.dtype(dtype).itemsize
+    touch_seconds = _seconds(lambda: np.empty(config.num_parameters * itemsize, np.uint8).fill(1))
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     began_s = time.perf_counter()
@@ -135,14 +147,14 @@ def _measure_here(directory: Path, dtype: str, model: str, mesh: str) -> Loading
     peak = _resident("VmHWM")
     leaves = jax.tree.leaves(weights)
     weight_bytes = sum(leaf.nbytes for leaf in leaves)
-    itemsize = max(leaf.dtype.itemsize for leaf in leaves)
     return Loading(
         dtype=dtype,
         checkpoint_bytes=checkpoint_bytes,
-        largest_bytes=2 * max(leaf.nbytes for leaf in leaves) // itemsize,
+        largest_bytes=2 * max(leaf.size for leaf in leaves),
         weight_bytes=weight_bytes,
         seconds=seconds,
         raw_seconds=raw_seconds,
+        touch_seconds=touch_seconds,
         beyond_bytes=peak - before - weight_bytes,
     )
 

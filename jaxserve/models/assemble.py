@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any, Final, Protocol, runtime_checkable
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.models.hf_layout import Path, Piece, ReadRows
@@ -143,7 +143,7 @@ def _overlap(piece: Piece, shard: _Shard) -> tuple[tuple[Any, ...], tuple[slice,
 def _cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if rows.dtype == dtype:
         return rows
-    if rows.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
+    if rows.dtype == jnp.bfloat16 and dtype == np.float32:
         # The upper half of a float32: a shift, which unlike the cast lets other threads run.
         return np.left_shift(rows.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
     return rows.astype(dtype)

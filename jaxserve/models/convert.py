@@ -6,6 +6,7 @@ each is read from the source again and compared with what the new directory give
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.errors import ConfigError
@@ -62,9 +64,9 @@ def convert(
     """
     if source.kind != "hf":
         raise ConfigError(f"model: got {source.text!r}; allowed: hf:<directory>")
-    _check_output(output)
     config = load_model_config(source)
     dtype = _stored_dtype(source, config) if dtype == "auto" else dtype
+    _check_output(output, num_bytes=config.num_parameters * jnp.dtype(dtype).itemsize)
     texts = _read_texts(source.directory)
     times = [time.monotonic()]
     weights = load_weights(
@@ -79,15 +81,15 @@ def convert(
     progress(WRITING, 0, num_bytes)
     try:
         save_model(output, config, weights, texts=texts, compress=False)
-    except OSError as error:
-        raise ConfigError(f"output: {str(output)!r}: {error.strerror or error}") from error
-    progress(WRITING, num_bytes, num_bytes)
-    del weights
-    times.append(time.monotonic())
-    try:
+        progress(WRITING, num_bytes, num_bytes)
+        del weights
+        times.append(time.monotonic())
         num_tensors = _check(source, config, output, dtype, progress)
-    except BaseException:
+    except BaseException as error:
         (output / MANIFEST_FILE).unlink(missing_ok=True)  # so that nobody serves it
+        if isinstance(error, (OSError, ValueError)):  # the latter from orbax, of a full disk say
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"output: {str(output)!r} cannot be written: {reason}") from error
         raise
     times.append(time.monotonic())
     seconds = [stop - start for start, stop in zip(times, times[1:], strict=False)]
@@ -95,19 +97,30 @@ def convert(
     return Conversion(dtype, num_tensors, num_bytes, dict(zip(stages, seconds, strict=True)))
 
 
-def _check_output(output: Path) -> None:
-    """Nothing, an empty directory, or a model directory of ours, be it a half-written one."""
+def _check_output(output: Path, *, num_bytes: int) -> None:
+    """Make the directory, unless it is there: empty or a model of ours, be it a half-written one.
+
+    Raises ConfigError if it is anything else, or has no room for so many bytes.
+    """
     wanted = "a new directory, an empty one, or one of our model directories"
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: got {str(output)!r}, which is a file; allowed: {wanted}")
-    if not output.exists() or not any(output.iterdir()):
-        return
     try:
-        load_config(output)
+        output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()):
+            load_config(output)
+        free_bytes = shutil.disk_usage(output).free
+    except OSError as error:
+        raise ConfigError(
+            f"output: got {str(output)!r}: {error.strerror}; allowed: {wanted}"
+        ) from error
     except ConfigError as error:
         raise ConfigError(
             f"output: got {str(output)!r}, which holds other files; allowed: {wanted}"
         ) from error
+    if free_bytes < num_bytes:
+        raise ConfigError(
+            f"output: got {str(output)!r} with {free_bytes / 1e9:.2f} GB free; wanted"
+            f" {num_bytes / 1e9:.2f} GB"
+        )
 
 
 def _stored_dtype(source: ModelSource, config: ModelConfig) -> str:
@@ -154,12 +167,12 @@ def _check(
 
 
 def _restore_one(directory: Path, path: TensorPath, target: Any) -> jax.Array:
-    leaf = target
+    some: Any = target
     for key in path:
-        leaf = leaf[key]
+        some = some[key]
     for key in reversed(path):
-        leaf = {key: leaf}
-    got: Any = restore(directory, leaf)
+        some = {key: some}
+    got: Any = restore(directory, some)
     for key in path:
         got = got[key]
     return got
