@@ -53,6 +53,7 @@ _REMEDY: Final = "try a fresh copy of the model"
 _CHUNKS: Final = 8
 _MOST_CHUNK_BYTES: Final = 16 << 20
 _LEAST_CHUNK_BYTES: Final = 1 << 20
+_FILE_BYTES: Final = 256 << 20  # files are hashed on a core each
 # Orbax cuts the longest axis, which is where a mesh cuts too but for kv heads: so few entries are
 # cut apart altogether.
 _SHORT_AXIS: Final = 64
@@ -130,7 +131,12 @@ def save_model(
     handler = ocp.PyTreeCheckpointHandler(use_compression=compress)
     with ocp.Checkpointer(handler) as checkpointer:
         save_args = jax.tree.map(_save_args, params, partition_specs(params))
-        checkpointer.save(weights, args=ocp.args.PyTreeSave(params, save_args=save_args))
+        checkpointer.save(
+            weights,
+            args=ocp.args.PyTreeSave(
+                params, save_args=save_args, ocdbt_target_data_file_size=_FILE_BYTES
+            ),
+        )
     for marker in weights.glob("commit_success.txt"):
         marker.write_text("committed\n", "utf-8")  # orbax writes the path on this machine there
     written = sorted(path for path in weights.rglob("*") if path.is_file())
@@ -179,8 +185,11 @@ def restore(directory: Path, target: Params) -> Params:
     """
     weights = directory.resolve() / WEIGHTS_FOLDER
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+    # Left alone, orbax reads all tensors at a time and holds each of them twice.
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(1, -(-2 * largest // 10**9)))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(
                 weights,
                 args=ocp.args.PyTreeRestore(
