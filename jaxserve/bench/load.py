@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxserve.bench.peers.weights import hf_fields
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.hf_layout import hf_shapes
 from jaxserve.models.random_weights import hf_tensor
@@ -68,21 +69,7 @@ class Loading:
 def write_checkpoint(directory: Path, config: ModelConfig, *, seed: int = 0) -> None:
     """Write the weights of `random:` in bfloat16 as Hugging Face does, a file's worth at a time."""
     directory.mkdir(parents=True, exist_ok=True)
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "dtype": "bfloat16",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.theta,
-        "tie_word_embeddings": config.tied_embeddings,
-    }
+    fields = hf_fields(config, dtype="bfloat16")
     (directory / "config.json").write_text(json.dumps(fields, indent=2))
     place: dict[str, str] = {}
     for number, shapes in enumerate(_files(hf_shapes(config))):
@@ -111,28 +98,24 @@ def _files(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[in
         yield some
 
 
-def measure(directory: Path, dtype: str, *, model: str = "hf", mesh: str = "tp=1") -> Loading:
-    """Load `<model>:<directory>` in a fresh process, its files read once before."""
-    return _in_fresh_process(_measure_here, directory, dtype, model, mesh)
-
-
-def _in_fresh_process(work: Callable[..., Loading], *arguments: object) -> Loading:
+def measure(model: str, dtype: str, *, mesh: str = "tp=1") -> Loading:
+    """Load `model`, an `hf:` or `orbax:` one, in a fresh process, its files read once before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        return pool.submit(_measure_here, model, dtype, mesh).result()
 
 
-def _measure_here(directory: Path, dtype: str, model: str, mesh: str) -> Loading:
+def _measure_here(model: str, dtype: str, mesh: str) -> Loading:
     import jax
 
     from jaxserve.engine.devices import open_mesh
     from jaxserve.models import checkpoint  # noqa: F401 - its import is no part of loading
     from jaxserve.models.sources import load_model_config, load_weights, parse_source
 
-    source = parse_source(f"{model}:{directory}")
+    source = parse_source(model)
     config = load_model_config(source)
     devices = open_mesh(mesh, config)
     jax.block_until_ready(jax.numpy.zeros(1))
-    files = [path for path in directory.rglob("*") if path.is_file()]
+    files = [path for path in source.directory.rglob("*") if path.is_file()]
     checkpoint_bytes = sum(path.stat().st_size for path in files)
     _read_all(files)  # warms the page cache
     raw_seconds = min(_seconds(lambda: _read_all(files)) for _ in range(2))

@@ -22,7 +22,7 @@ from jaxserve.models.hf_layout import Path, Piece, ReadRows
 _IN_FLIGHT: Final = 2
 """Tensors being filled at a time: the next one keeps the threads busy while one is finished."""
 _MOST_THREADS: Final = 8
-_PIECES_PER_JOB: Final = 16
+_PIECES_PER_JOB: Final = 4
 _ALIGNMENT: Final = 64
 """Bytes; XLA takes over a host buffer that is aligned so, and copies any other."""
 

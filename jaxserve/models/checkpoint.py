@@ -48,14 +48,14 @@ STORED_DTYPES: Final = ("bfloat16", "float16", "float32")
 
 _REMEDY: Final = "try a fresh copy of the model"
 
-# A process reads the chunks that its part of a tensor touches: with eight to a tensor, meshes of 2,
-# 4 and 8 read nothing twice. Larger ones than this are read no faster, smaller ones slower.
+# A process reads the chunks that its part of a tensor touches: of eight to a tensor, little more
+# than the part. Larger ones than this are read no faster, smaller ones slower.
 _CHUNKS: Final = 8
 _MOST_CHUNK_BYTES: Final = 16 << 20
 _LEAST_CHUNK_BYTES: Final = 1 << 20
 _FILE_BYTES: Final = 256 << 20  # files are hashed on a core each
-# Orbax cuts the longest axis, which is where a mesh cuts too but for kv heads: so few entries are
-# cut apart altogether.
+# Orbax cuts the longest axis first, which is where a mesh cuts too but for kv heads: so few entries
+# are cut apart altogether.
 _SHORT_AXIS: Final = 64
 
 Params = dict[str, Any]

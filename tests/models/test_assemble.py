@@ -103,6 +103,6 @@ def test_loading_holds_little_beside_the_weights(tmp_path: Path) -> None:
         max_context=128,
     )
     write_checkpoint(tmp_path, config)
-    loading = measure(tmp_path, "bfloat16", mesh="tp=2")
+    loading = measure(f"hf:{tmp_path}", "bfloat16", mesh="tp=2")
     assert loading.weight_bytes == 2 * config.num_parameters
     assert loading.beyond_bytes <= 2 * loading.largest_bytes
