@@ -22,8 +22,10 @@ from jaxserve.config import (
 )
 from jaxserve.request import SamplingParams
 from jaxserve.server_config import (
+    CONVERT_DTYPES,
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
+    ConvertConfig,
     GenerateConfig,
     KeyConfig,
     LogConfig,
@@ -183,6 +185,15 @@ KEY: Final = Group(
         Flag("client", KeyConfig, "client", "the party that the key stands for"),
         Flag("weight", KeyConfig, "weight", "its share beside other clients'"),
         Flag("priority", KeyConfig, "priority", "least,most its requests may ask for; empty: any"),
+    ),
+)
+CONVERSION: Final = Group(
+    "conversion",
+    (
+        Flag("model", ConvertConfig, "model", "hf:<directory>"),
+        Flag("output", ConvertConfig, "output", "model directory to write"),
+        Flag("dtype", ConvertConfig, "dtype", "to store; auto: as it is", CONVERT_DTYPES),
+        LOG_LEVEL,
     ),
 )
 SAMPLING: Final = Group(

@@ -54,6 +54,12 @@ COMMANDS: Final = {
         "jaxserve key --client=acme --weight=2 >>keys.toml",
         (table.KEY,),
     ),
+    "convert": Command(
+        "write a Hugging Face model as one of ours",
+        "jaxserve.server.convert_model",
+        "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
+        (table.CONVERSION,),
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from jaxserve.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "neutral")
+CONVERT_DTYPES = ("auto", "bfloat16", "float32")
 
 
 def _require(condition: bool, field: str, got: object, allowed: str) -> None:
@@ -115,6 +116,24 @@ class GenerateConfig:
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         return tuple(int(part) for part in self.token_ids.split(",")) if self.token_ids else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """A Hugging Face directory (`model`, as `hf:<directory>`) and where its conversion goes.
+
+    `dtype` "auto" is the one that the model is stored in.
+    """
+
+    model: str = ""
+    output: str = ""
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        hf = self.model.startswith("hf:")
+        _require(hf, "model", self.model, "hf:<directory>")
+        _require(bool(self.output), "output", self.output, "a directory")
+        _require(self.dtype in CONVERT_DTYPES, "dtype", self.dtype, ", ".join(CONVERT_DTYPES))
 
 
 def _is_number(text: str) -> bool:

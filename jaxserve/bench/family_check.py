@@ -6,7 +6,7 @@ All must say the same, streamed or not. Needs the `openai` package and the progr
 import json
 import subprocess
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from jaxserve.bench.peers.jaxserve_peer import serving
 from jaxserve.client import Client
@@ -29,19 +29,17 @@ def check_family(model: str, flags: list[str]) -> FamilyAnswer:
     """Serve `model`, a `--model`, and ask. Raises AssertionError where dialects disagree."""
     import openai
 
-    messages = [{"role": "user", "content": QUESTION}]
-    wanted = {"max_tokens": MAX_TOKENS, "temperature": 0}
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    wanted: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0}
     with serving(flags, model=model) as server:
         client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
         (name,) = (found.id for found in client.models.list())
         by_curl = _curl(f"{server.url}/chat/completions", {"messages": messages, **wanted})
         chat = by_curl["choices"][0]["message"]["content"]
-        whole = client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": QUESTION}], **wanted
-        )
+        whole = client.chat.completions.create(model=name, messages=messages, **wanted)
         assert whole.choices[0].message.content == chat, (whole, chat)
         chunks = client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": QUESTION}], stream=True, **wanted
+            model=name, messages=messages, stream=True, **wanted
         )
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert streamed == chat, (streamed, chat)

@@ -1,7 +1,6 @@
 """From a configuration to an engine that is ready to serve."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from jaxserve.engine.executor import Executor
 from jaxserve.engine.scripted import PaceProfile, ScriptedExecutor
 from jaxserve.engine.statistics import Compiles
 from jaxserve.errors import ConfigError
+from jaxserve.models.byte_progress import byte_progress
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.info import ModelInfo
 from jaxserve.models.sources import ModelSource, load_model_config, load_weights, parse_source
@@ -127,7 +127,7 @@ def _build_jax(
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
     weights = load_weights(
-        source, model, dtype=dtype, seed=config.seed, mesh=mesh, progress=_loading(progress)
+        source, model, dtype=dtype, seed=config.seed, mesh=mesh, progress=byte_progress(progress)
     )
     progress(
         f"model {model.name}: {model.num_parameters / 1e6:.1f} M parameters in {dtype} on"
@@ -169,21 +169,6 @@ def _build_jax(
     )
     count.start_serving()
     return executor, info, count.compiles
-
-
-def _loading(progress: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Says how far loading is, once a second."""
-    started_s = said_s = time.monotonic()
-
-    def say(done: int, total: int) -> None:
-        nonlocal said_s
-        now_s = time.monotonic()
-        if now_s - said_s >= 1.0:
-            said_s = now_s
-            rate = done / (now_s - started_s)
-            progress(f"loaded {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
-
-    return say
 
 
 def _dtype(config: EngineConfig, platform: str) -> str:

@@ -1,7 +1,8 @@
 """A model directory: what it holds, how it is written, and how it is read back and checked.
 
     config.json      the ModelConfig
-    tokenizer.json   the tokenizer, in the Hugging Face tokenizers format; optional
+    tokenizer.json   the tokenizer, in the Hugging Face tokenizers format; optional, as are the
+                     other TEXT_FILES
     weights/         the decoder's tensors as one orbax checkpoint
     weights.json     size and digest of each file under weights/, shape and dtype of each tensor
 
@@ -23,19 +24,39 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, Init
+from jaxserve.models.partition import partition_specs
 
 CONFIG_FILE: Final = "config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 WEIGHTS_FOLDER: Final = "weights"
 MANIFEST_FILE: Final = "weights.json"
+TEXT_FILES: Final = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What says how a model speaks: named and written as Hugging Face does."""
 STORED_DTYPES: Final = ("bfloat16", "float16", "float32")
 
 _REMEDY: Final = "try a fresh copy of the model"
+
+# A process reads the chunks that its part of a tensor touches: of eight to a tensor, little more
+# than the part. Larger ones than this are read no faster, smaller ones slower.
+_CHUNKS: Final = 8
+_MOST_CHUNK_BYTES: Final = 16 << 20
+_LEAST_CHUNK_BYTES: Final = 1 << 20
+_FILE_BYTES: Final = 256 << 20  # files are hashed on a core each
+# Orbax cuts the longest axis first, which is where a mesh cuts too but for kv heads: so few entries
+# are cut apart altogether.
+_SHORT_AXIS: Final = 64
 
 Params = dict[str, Any]
 """A decoder's state as `nnx.to_pure_dict` gives it and `nnx.merge` takes it."""
@@ -81,13 +102,19 @@ class Manifest:
 
 
 def save_model(
-    directory: Path, config: ModelConfig, params: Params, *, tokenizer_json: str | None = None
+    directory: Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    texts: Mapping[str, bytes] | None = None,
+    compress: bool = True,
 ) -> None:
     """Write a model directory; `params` are stored in the dtypes they have.
 
-    Files of an earlier model there are replaced, others are left alone. The manifest goes first
-    and comes last, so that a directory whose writing was cut short is not taken for a model.
-    Raises ConfigError when `params` are not those of `config`.
+    `texts` holds contents by name, of TEXT_FILES. Compressed weights take a quarter less room and
+    twice the time to load. Files of an earlier model there are replaced, others are left alone. The
+    manifest goes first and comes last, so that a directory whose writing was cut short is not taken
+    for a model. Raises ConfigError when `params` are not those of `config`.
     """
     tensors = {path: _describe(leaf) for path, leaf in _flat(params).items()}
     _check_tensors(directory, abstract_params(config, dtype=jnp.float32), tensors)
@@ -95,13 +122,21 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST_FILE).unlink(missing_ok=True)
     (directory / CONFIG_FILE).write_text(config.to_json() + "\n", "utf-8")
-    (directory / TOKENIZER_FILE).unlink(missing_ok=True)
-    if tokenizer_json is not None:
-        (directory / TOKENIZER_FILE).write_text(tokenizer_json + "\n", "utf-8")
+    for name in TEXT_FILES:
+        (directory / name).unlink(missing_ok=True)
+    for name, content in (texts or {}).items():
+        (directory / name).write_bytes(content)
     if weights.exists():
         shutil.rmtree(weights)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(weights, args=ocp.args.PyTreeSave(params))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=compress)
+    with ocp.Checkpointer(handler) as checkpointer:
+        save_args = jax.tree.map(_save_args, params, partition_specs(params))
+        checkpointer.save(
+            weights,
+            args=ocp.args.PyTreeSave(
+                params, save_args=save_args, ocdbt_target_data_file_size=_FILE_BYTES
+            ),
+        )
     for marker in weights.glob("commit_success.txt"):
         marker.write_text("committed\n", "utf-8")  # orbax writes the path on this machine there
     written = sorted(path for path in weights.rglob("*") if path.is_file())
@@ -136,16 +171,30 @@ def load_state(
     Raises ConfigError, naming file or tensor, got and wanted, when anything is missing, damaged or
     not what `config` says.
     """
-    weights = directory.resolve() / WEIGHTS_FOLDER
     target = abstract_params(config, dtype=dtype, sharding=sharding)
     manifest = _load_manifest(directory)
     _check_tensors(directory, target, manifest.tensors)
-    _check_files(weights, manifest.files)
+    _check_files(directory / WEIGHTS_FOLDER, manifest.files)
+    return restore(directory, target)
+
+
+def restore(directory: Path, target: Params) -> Params:
+    """The tensors that `target`, a part of `abstract_params`, asks for; checks no file.
+
+    Raises ConfigError when orbax cannot read them.
+    """
+    weights = directory.resolve() / WEIGHTS_FOLDER
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+    # Left alone, orbax reads all tensors at a time and holds each of them twice.
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(1, -(-2 * largest // 10**9)))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(
-                weights, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+                weights,
+                args=ocp.args.PyTreeRestore(
+                    item=target, restore_args=restore_args, partial_restore=True
+                ),
             )
     except (OSError, ValueError, KeyError) as error:
         # The files are as they were written: another version of orbax may have written them.
@@ -174,6 +223,17 @@ def abstract_params(
         shapes,
         shardings,
     )
+
+
+def _save_args(leaf: Any, spec: PartitionSpec) -> ocp.SaveArgs:
+    """How a tensor is cut into chunks on disk."""
+    if leaf.nbytes <= _LEAST_CHUNK_BYTES:
+        return ocp.SaveArgs()
+    num_bytes = min(max(leaf.nbytes // _CHUNKS, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+    short = [
+        axis for axis, cut in enumerate(spec) if cut is not None and leaf.shape[axis] <= _SHORT_AXIS
+    ]
+    return ocp.SaveArgs(chunk_byte_size=num_bytes, shard_axes=tuple(short))
 
 
 def _flat(params: Params) -> dict[str, Any]:

@@ -7,7 +7,7 @@ any order, or only some of them. numpy only.
 import numpy as np
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.hf_layout import hf_shapes
+from jaxserve.models.hf_layout import ReadRows, hf_shapes
 
 INIT_STD = 0.02
 
@@ -20,6 +20,21 @@ def hf_tensor(name: str, shape: tuple[int, ...], *, seed: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
     rng = np.random.default_rng([seed, *name.encode()])
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(INIT_STD)
+
+
+class RandomTensors:
+    """The tensors of `hf_tensor` as a source to load from."""
+
+    splits = False  # a tensor is drawn as a whole
+
+    def __init__(self, config: ModelConfig, *, seed: int):
+        self._shapes = hf_shapes(config)
+        self._seed = seed
+
+    def open(self, name: str) -> ReadRows:
+        """read(start, stop) -> those rows, in float32. Draws the tensor."""
+        tensor = hf_tensor(name, self._shapes[name], seed=self._seed)
+        return lambda start, stop: tensor[start:stop]
 
 
 def hf_state_dict(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

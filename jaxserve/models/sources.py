@@ -8,7 +8,7 @@ tokenizer.json; one of Hugging Face's (`hf:`) config.json, safetensors files and
 
 import difflib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,6 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.config import SHAPES, ModelConfig
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
-
-# Tensors being read, laid out and cast at a time; each costs memory beside the weights.
-_LOADING_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +82,10 @@ def load_weights(
     files that are missing, damaged or not what the configuration says.
     """
     import jax
-    import jax.numpy as jnp
 
+    from jaxserve.models.assemble import assemble
     from jaxserve.models.checkpoint import abstract_params, load_state
-    from jaxserve.models.hf_layout import decoder_tensors, hf_shapes
+    from jaxserve.models.hf_layout import decoder_tensors
     from jaxserve.models.partition import param_shardings
 
     target = abstract_params(config, dtype=dtype)
@@ -98,40 +95,35 @@ def load_weights(
             target,
             param_shardings(mesh, target),
         )
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
     if source.kind == "orbax":
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-        return load_state(source.directory, config, dtype=dtype, sharding=shardings)
-    if source.kind == "hf":
-        from jaxserve.models.hf_files import HfFiles
-
-        read = HfFiles(source.directory, hf_shapes(config)).read
-    else:
-        from jaxserve.models.random_weights import hf_tensor
-
-        shapes = hf_shapes(config)
-
-        def read(name: str):
-            return hf_tensor(name, shapes[name], seed=seed)
-
-    def load(path: tuple[str | int, ...], make: Callable[[], Any]) -> Any:
-        leaf: Any = target
-        for key in path:
-            leaf = leaf[key]
-        return jax.device_put(make().astype(jnp.dtype(dtype)), leaf.sharding)
-
+        progress(0, total)
+        weights = load_state(source.directory, config, dtype=dtype, sharding=shardings)
+        progress(total, total)
+        return weights
     weights: dict[Any, Any] = {}
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
     done = 0
-    with ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load") as pool:
-        jobs = [
-            (path, pool.submit(load, path, make)) for path, make in decoder_tensors(config, read)
-        ]
-        for path, job in jobs:
+    progress(done, total)
+    with open_tensors(source, config, seed=seed) as tensors:
+        for path, array in assemble(decoder_tensors(config), target, tensors):
             *outer, last = path
             place = weights
             for key in outer:
                 place = place.setdefault(key, {})
-            place[last] = job.result()
-            done += place[last].nbytes
+            place[last] = array
+            done += array.nbytes
             progress(done, total)
     return weights
+
+
+def open_tensors(source: ModelSource, config: ModelConfig, *, seed: int) -> Any:
+    """A context with the `TensorSource` of an `hf:` or `random:` model."""
+    if source.kind == "hf":
+        from jaxserve.models.hf_files import HfFiles
+        from jaxserve.models.hf_layout import hf_shapes
+
+        return HfFiles(source.directory, hf_shapes(config))
+    from jaxserve.models.random_weights import RandomTensors
+
+    return nullcontext(RandomTensors(config, seed=seed))

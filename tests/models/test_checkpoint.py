@@ -42,7 +42,8 @@ def params_of(config: ModelConfig, dtype: str = "bfloat16") -> dict:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "model"
-    save_model(directory, CONFIG, params_of(CONFIG), tokenizer_json='{"version": "1.0"}')
+    texts = {"tokenizer.json": b'{"version": "1.0"}'}
+    save_model(directory, CONFIG, params_of(CONFIG), texts=texts)
     return directory
 
 

@@ -10,7 +10,7 @@ from jaxserve import flag_table, flags, launch
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
-from jaxserve.server_config import GenerateConfig, LogConfig, ServerConfig
+from jaxserve.server_config import ConvertConfig, GenerateConfig, LogConfig, ServerConfig
 
 SERVE = launch.COMMANDS["serve"].groups
 ALL_FLAGS = [
@@ -43,7 +43,7 @@ def test_every_flag_names_a_field_and_has_a_line_of_help(flag):
     assert flag.help and "\n" not in flag.help and len(flag.help) <= 70
 
 
-@pytest.mark.parametrize("kind", [ServerConfig, LogConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [ServerConfig, LogConfig, GenerateConfig, ConvertConfig])
 def test_every_field_of_the_commands_records_has_a_flag(kind):
     paths = {flag.path for flag in ALL_FLAGS if flag.record is kind}
     assert paths == set(kind.__dataclass_fields__)

@@ -7,7 +7,7 @@ since jaxserve does not depend on them.
 import argparse
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,11 +22,19 @@ def write_hf(config: ModelConfig, weights: dict[str, np.ndarray], directory: Pat
     """Writes config.json and model.safetensors, which `transformers` loads as a Llama."""
     from safetensors.numpy import save_file  # pyright: ignore[reportMissingImports]
 
+    directory.mkdir(parents=True, exist_ok=True)
+    fields = hf_fields(config, dtype="float32")
+    (directory / "config.json").write_text(json.dumps(fields, indent=2))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def hf_fields(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
+    """The config.json of a plain Llama stored in `dtype`. Raises ConfigError for other shapes."""
     _require_plain_llama(config)
-    fields = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "dtype": "float32",
+        "dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -45,9 +53,6 @@ def write_hf(config: ModelConfig, weights: dict[str, np.ndarray], directory: Pat
         "eos_token_id": None,
         "pad_token_id": 0,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(fields, indent=2))
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 _GGUF_NAMES: Final = {
