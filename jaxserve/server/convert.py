@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from jaxserve.errors import JaxserveError, QueueFull
+from jaxserve.errors import BadRequest, JaxserveError, QueueFull
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto.convert import (
     REASON_FROM_PROTO,
@@ -16,7 +16,7 @@ from jaxserve.proto.convert import (
     given_sampling,
     sampling_to_proto,
 )
-from jaxserve.proto.status import RETRY_DELAY_KEY, from_status
+from jaxserve.proto.status import FIELD_KEY, RETRY_DELAY_KEY, from_status
 from jaxserve.request import Delta, Request, SamplingParams, TokenLogprob
 
 __all__ = [
@@ -119,6 +119,7 @@ def rejection_to_proto(request_id: str, error: JaxserveError, *, attempt: int) -
         message=str(error),
         retry_after_s=error.retry_after_s if isinstance(error, QueueFull) else 0.0,
         attempt=attempt,
+        field=error.field if isinstance(error, BadRequest) else "",
     )
 
 
@@ -127,4 +128,6 @@ def rejection_from_proto(rejected: pb.Rejected) -> JaxserveError:
     metadata: dict[str, str] = {}
     if rejected.code == "RESOURCE_EXHAUSTED":
         metadata[RETRY_DELAY_KEY] = str(math.ceil(1000 * rejected.retry_after_s))
+    if rejected.field:
+        metadata[FIELD_KEY] = rejected.field
     return from_status(rejected.code, rejected.message, metadata)

@@ -36,7 +36,8 @@ class HttpServer:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            # Bounds what a client may send before its request is whole, which httptools does not.
+            http="h11",
             ws="none",
             lifespan="off",
             log_config=None,

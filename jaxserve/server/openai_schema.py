@@ -133,6 +133,7 @@ _NEUTRAL: Final[dict[type[Body], dict[str, tuple[Any, ...]]]] = {
         "reasoning_effort": (),
         "verbosity": (),
         "web_search_options": (),
+        "prompt_cache_options": (),
         "moderation": (),
     },
 }
@@ -188,7 +189,12 @@ def parse_body(kind: type[Kind], data: bytes) -> Parsed[Kind]:
     except msgspec.ValidationError as error:
         raise _as_bad_request(str(error), fields) from None
     _check_together(body)
-    names = {"include_stop": "include_stop_str_in_output", "text": "prompt"}
+    names = {
+        "include_stop": "include_stop_str_in_output",
+        "text": "prompt",
+        "prompt token_ids": "prompt",
+        "client": "user",
+    }
     if isinstance(body, ChatBody):
         names |= {"logprobs": "top_logprobs", "prompt": "messages", "text": "messages"}
         if body.max_completion_tokens is not None:

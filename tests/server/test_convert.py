@@ -78,6 +78,9 @@ def test_a_report_carries_every_field_of_its_deltas():
     assert row.prompt_logprobs[1].value.logprob == -3.0
     back = convert.rejection_from_proto(rejected)
     assert isinstance(back, QueueFull) and str(back) == str(error) and back.retry_after_s == 1.5
+    wrong = BadRequest("prompt", 3, "a text")
+    back = convert.rejection_from_proto(convert.rejection_to_proto("r", wrong, attempt=1))
+    assert isinstance(back, BadRequest) and (back.field, str(back)) == ("prompt", str(wrong))
 
 
 @pytest.mark.parametrize(

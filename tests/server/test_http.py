@@ -339,13 +339,13 @@ BAD = [
     (COMPLETIONS, {"prompt": "x", "priority": 10**7}, "priority"),
     (COMPLETIONS, {"prompt": "x", "request_id": "é"}, "request_id"),
     (COMPLETIONS, {"prompt": "x", "request_id": "r" * 129}, "request_id"),
-    (COMPLETIONS, {"prompt": "x", "user": "u" * 129}, "client"),
+    (COMPLETIONS, {"prompt": "x", "user": "u" * 129}, "user"),
     (COMPLETIONS, {"prompt": ""}, "prompt"),
     (COMPLETIONS, {"prompt": []}, "prompt"),
     (COMPLETIONS, {"prompt": [[]]}, "prompt"),
     (COMPLETIONS, {"prompt": [1, "x"]}, "prompt[0]"),
     (COMPLETIONS, {"prompt": [2**70]}, "prompt"),
-    (COMPLETIONS, {"prompt": [399, 400]}, "prompt token_ids[1]"),
+    (COMPLETIONS, {"prompt": [399, 400]}, "prompt[1]"),
     (COMPLETIONS, {"prompt": ["x"] * 129}, "prompt"),
 ]
 
