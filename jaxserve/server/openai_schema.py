@@ -21,7 +21,10 @@ MAX_PROMPTS: Final = 128
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How a stream is written. Obfuscation, padding against eavesdroppers, is not there."""
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -262,6 +265,8 @@ def _check_together(body: CompletionBody | ChatBody) -> None:
     """Parameters that mean something only beside others."""
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options", "a value", "null unless stream is true")
+    if body.stream_options is not None and body.stream_options.include_obfuscation:
+        raise BadRequest("stream_options.include_obfuscation", True, "false or null")
     if body.request_id is not None and not _is_header_text(body.request_id):
         raise BadRequest("request_id", body.request_id, "printable ASCII")
     if isinstance(body, CompletionBody):

@@ -336,6 +336,11 @@ BAD = [
     (COMPLETIONS, {"prompt": "x", "logit_bias": {"999": 1}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "x", "stream_options": {}}, "stream_options"),
     (COMPLETIONS, {"prompt": "x", "stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    (
+        COMPLETIONS,
+        {"prompt": "x", "stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+    ),
     (COMPLETIONS, {"prompt": "x", "priority": 10**7}, "priority"),
     (COMPLETIONS, {"prompt": "x", "request_id": "é"}, "request_id"),
     (COMPLETIONS, {"prompt": "x", "request_id": "r" * 129}, "request_id"),
