@@ -165,7 +165,7 @@ class _Serving:
         frontend = await start_frontend(self._config, desk, configuration=self._settings.as_text())
         try:
             assert self._ready is not None
-            if not await _first(self._ready, engine, signalled):
+            if not await _first(self._ready, engine, signalled) or self._signalled.is_set():
                 return 0
             link.start()
             await link.wait_ready()
