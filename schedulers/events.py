@@ -6,12 +6,18 @@ are named by the number the engine core gave them, which grows with arrival.
 
 from dataclasses import dataclass
 
+from .prefix_tree import Cleared, Removed, Stored
+
 RequestNumber = int
 
 
 @dataclass(frozen=True, slots=True)
 class Arrive:
-    """A request joined the queue. `max_output` is per sample; `num_samples` rows are needed."""
+    """A request joined the queue. `max_output` is per sample; `num_samples` rows are needed.
+
+    `weight` is its client's share beside others'. `page_keys` name the pages that its prompt could
+    find cached, of which the first `num_cached` are.
+    """
 
     number: RequestNumber
     client: str
@@ -20,6 +26,9 @@ class Arrive:
     num_prompt_tokens: int
     max_output: int
     num_samples: int
+    weight: float = 1.0
+    page_keys: tuple[bytes, ...] = ()
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +41,13 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """It lost its rows and waits again; what it had made counts as prompt from now on."""
+    """It lost its rows and waits again; what it had made counts as prompt from now on.
+
+    The first `num_cached` of its page keys are cached.
+    """
 
     number: RequestNumber
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +73,14 @@ class Abort:
     number: RequestNumber
 
 
-Event = Arrive | Admit | Preempt | Enact | Finish | Abort
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A plan is about to be made, at `now_s` on the engine's clock."""
+
+    now_s: float
+
+
+CacheChange = Stored | Removed | Cleared
+"""What the prefix cache holds has changed. Told at once, before the next event of another kind."""
+
+Event = Arrive | Admit | Preempt | Enact | Finish | Abort | Tick | CacheChange

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from sortedcontainers import SortedDict, SortedList
 
-from .prefix_tree import NO_PARENT
+from .prefix_tree import NO_PARENT, Cleared, Removed, Stored
 
 Rank = tuple[Any, ...]
 """How a request stands beside others with the same match; unique, smallest first."""
@@ -49,8 +49,8 @@ class _Node:
 class WaitingTree:
     """Waiting requests, each under a rank and the keys of the pages its prompt could find cached.
 
-    The caller reports every change of the prefix cache (`stored`, `removed`), and for a new request
-    how many of its keys are cached.
+    The caller reports every change of the prefix cache, and for a new request how many of its keys
+    are cached.
     """
 
     def __init__(self, group_key: GroupKey = longest_match):
@@ -98,7 +98,7 @@ class WaitingTree:
         groups = iter(self._groups.items())
         upcoming = next(groups, None)
         # (key, tie-break, rank, match, the rest of the group)
-        heap: list[tuple[tuple[Any, ...], int, Rank, int, Iterator[Rank]]] = []
+        heap: list[Any] = []
         num_groups = 0
         while upcoming is not None or heap:
             while upcoming is not None and (not heap or upcoming[0] <= heap[0][0]):
@@ -116,8 +116,17 @@ class WaitingTree:
 
     # ------------------------------------------------------------------------------ the cache
 
-    def stored(self, parent_key: bytes, keys: Sequence[bytes]) -> None:
-        """`keys` were cached, each the child of the one before, the first of `parent_key`."""
+    def on(self, change: Stored | Removed | Cleared) -> bool:
+        """Take note of a change of the cache; whether it concerns anybody here."""
+        match change:
+            case Stored(parent_key=parent_key, keys=keys):
+                return self._stored(parent_key, keys)
+            case Removed(keys=keys):
+                return self._removed(keys)
+            case Cleared():
+                return self._cleared()
+
+    def _stored(self, parent_key: bytes, keys: Sequence[bytes]) -> bool:
         node = self._root if parent_key == NO_PARENT else self._at.get(parent_key)
         place = 0
         while node is not None and place < len(keys):
@@ -129,23 +138,27 @@ class WaitingTree:
             while taken < limit and node.run[node.cached + taken] == keys[place + taken]:
                 taken += 1
             if not taken:
-                return
+                break
             self._set_cached(node, node.cached + taken)
             place += taken
+        return place > 0
 
-    def removed(self, keys: Sequence[bytes]) -> None:
-        """`keys` were evicted, children before parents."""
+    def _removed(self, keys: Sequence[bytes]) -> bool:
+        known = False
         for key in keys:
             node = self._at.get(key)
             if node is not None:
+                known = True
                 self._set_cached(node, node.run.index(key))
+        return known
 
-    def cleared(self) -> None:
-        """Nothing is cached any more."""
+    def _cleared(self) -> bool:
+        known = bool(self._at)
         # Deepest first, as evictions come.
         nodes = sorted(set(self._at.values()), key=lambda node: -node.start)
         for node in nodes:
             self._set_cached(node, 0)
+        return known
 
     def _set_cached(self, node: _Node, cached: int) -> None:
         for key in node.run[cached : node.cached]:
@@ -202,7 +215,7 @@ class WaitingTree:
     def _post(self, node: _Node) -> None:
         """Show the node's least rank where it is looked for: in the index, or to its parent."""
         while True:
-            least = node.members[0] if node.members else None
+            least = _least(node)
             if least == node.posted:
                 return
             self._withdraw(node)
@@ -230,12 +243,17 @@ class WaitingTree:
             parent.members.remove(least)
 
 
+def _least(node: _Node) -> Rank | None:
+    members: Any = node.members  # whose types do not say what they hold
+    return members[0] if members else None
+
+
 def _members(node: _Node) -> Iterator[Rank]:
     """The ranks of a group, least first."""
     if not node.members:
         return
     # (rank, tie-break, node, place among the node's members)
-    heap: list[tuple[Rank, int, _Node, int]] = [(node.members[0], 0, node, 0)]
+    heap: list[Any] = [(node.members[0], 0, node, 0)]
     num_pushed = 0
     while heap:
         rank, _, node, place = heapq.heappop(heap)

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from sortedcontainers import SortedDict
 
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber
+from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
 
 
 @runtime_checkable
@@ -17,8 +17,14 @@ class Order(Protocol):
         """Take note of what happened."""
         ...
 
+    def next(self) -> RequestNumber | None:
+        """Who is to be let in now. Asked while there is room for somebody: credits may be given
+        out for it, so that it is no mere question."""
+        ...
+
     def waiting(self) -> Iterator[RequestNumber]:
-        """Waiting requests, the next one first. Events end the iteration: ask anew."""
+        """Waiting requests, the next one first, as far as it is known. Changes nothing. Events end
+        the iteration: ask anew."""
         ...
 
     def running(self) -> list[RequestNumber]:
@@ -55,8 +61,11 @@ class StaticOrder(ABC):
                 key = self._key.pop(number)
                 if self._waiting.pop(key, None) is None:
                     del self._running[key]
-            case Enact():
+            case _:
                 pass
+
+    def next(self) -> RequestNumber | None:
+        return next(self.waiting(), None)
 
     def waiting(self) -> Iterator[RequestNumber]:
         return iter(self._waiting.values())

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxserve.schedulers.prefix_tree import NO_PARENT
+from jaxserve.schedulers.prefix_tree import NO_PARENT, Cleared, Removed, Stored
 from jaxserve.schedulers.waiting_tree import WaitingTree, longest_match
 
 LETTERS = st.lists(st.sampled_from("ab"), max_size=5)
@@ -48,7 +48,7 @@ class WaitingPrompts(RuleBasedStateMachine):
         if known < len(keys):
             parent = keys[known - 1] if known else NO_PARENT
             self.cached.update(keys)
-            self.tree.stored(parent, keys[known:])
+            self.tree.on(Stored(1, parent, keys[known:]))
 
     @precondition(lambda self: self.cached)
     @rule(data=st.data())
@@ -56,12 +56,12 @@ class WaitingPrompts(RuleBasedStateMachine):
         top = data.draw(st.sampled_from(sorted(self.cached)))
         gone = sorted((key for key in self.cached if key.startswith(top)), key=len, reverse=True)
         self.cached.difference_update(gone)
-        self.tree.removed(gone)
+        self.tree.on(Removed(1, tuple(gone)))
 
     @rule()
     def clear(self) -> None:
         self.cached.clear()
-        self.tree.cleared()
+        self.tree.on(Cleared(1))
 
     @invariant()
     def the_tree_is_the_list_sorted(self) -> None:

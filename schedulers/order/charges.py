@@ -1,0 +1,100 @@
+"""What each request is charged: prompt tokens by price, output tokens as they come, nothing twice.
+
+Project rules, papers.md 3.3: a token that is computed again after a preemption is not charged
+again, and what was charged but never run is given back.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..events import RequestNumber
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Per token: computed prompt tokens, output tokens, and prompt tokens found cached as a share
+    of `w_in`. With `at_enactment` prompt tokens are charged as they are run, else on admission."""
+
+    w_in: float
+    w_out: float
+    price_cached: float
+    at_enactment: bool = False
+
+
+class Bill(NamedTuple):
+    """What a client's account changes by: charged now, and held because it is planned."""
+
+    charge: float
+    hold: float = 0.0
+
+
+NOTHING = Bill(0.0)
+
+
+@dataclass(slots=True)
+class _Account:
+    """Tokens of one request. `extend` are those that its present admission computes, the last
+    `fresh` of which nobody computed before; `ran` of them have been run."""
+
+    num_prompt_tokens: int
+    made: int = 0
+    paid: int = 0
+    extend: int = 0
+    fresh: int = 0
+    ran: int = 0
+    admitted: bool = False
+
+    @property
+    def unrun(self) -> int:
+        """Fresh tokens that have not been run."""
+        return min(self.fresh, self.extend - self.ran)
+
+
+class Charges:
+    """The accounts of all requests."""
+
+    def __init__(self, prices: Prices):
+        self._prices = prices
+        self._accounts: dict[RequestNumber, _Account] = {}
+
+    def arrived(self, number: RequestNumber, num_prompt_tokens: int) -> None:
+        self._accounts[number] = _Account(num_prompt_tokens)
+
+    def admitted(self, number: RequestNumber, extend: int) -> Bill:
+        """`extend` tokens are to be computed; the others are cached."""
+        account, prices = self._accounts[number], self._prices
+        cached = account.num_prompt_tokens + account.made - extend
+        known = account.paid + account.made
+        account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
+        charge = 0.0 if account.admitted else prices.w_in * prices.price_cached * max(0, cached)
+        account.admitted = True
+        if prices.at_enactment:
+            return Bill(charge, prices.w_in * account.fresh)
+        account.paid += account.fresh
+        return Bill(charge + prices.w_in * account.fresh)
+
+    def enacted(self, number: RequestNumber, num_prompt: int, num_output: int) -> Bill:
+        """Tokens were run."""
+        account, prices = self._accounts[number], self._prices
+        before = account.unrun
+        account.ran += num_prompt
+        account.made += num_output
+        charge = prices.w_out * num_output
+        if not prices.at_enactment:
+            return Bill(charge)
+        ran = before - account.unrun
+        account.paid += ran
+        return Bill(charge + prices.w_in * ran, -prices.w_in * ran)
+
+    def stopped(self, number: RequestNumber) -> Bill:
+        """A running request was preempted or ended: what was not run is given back."""
+        account, prices = self._accounts[number], self._prices
+        unrun, account.fresh = account.unrun, 0
+        if prices.at_enactment:
+            return Bill(0.0, -prices.w_in * unrun)
+        account.paid -= unrun
+        return Bill(-prices.w_in * unrun)
+
+    def forget(self, number: RequestNumber) -> None:
+        """The request is over."""
+        del self._accounts[number]

@@ -1,0 +1,251 @@
+"""Deficit longest prefix match: local like lpm, fair like vtc, with a bound that a quantum sets.
+
+Source: "Locality-aware Fair Scheduling in LLM Serving" (arXiv 2501.14312). The rules come from two
+re-implementations that agree but for what is a switch here; papers.md 3. What triggers a refill in
+the paper itself, newcomers' credit and the quanta are reconstruction; weights, refunds, uncharged
+recomputation and `client_age_limit_s` are project rules.
+
+Bounds (derived, papers.md 3.6), with U = w_in * longest extend + w_out * most requests of a client
+that run * longest output: credits stay in [-U, Q]; two clients with work throughout are charged
+within Q + U of each other from a start at zero, within 2 (Q + U) over any interval, by weight.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from sortedcontainers import SortedDict
+
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
+from ..parameters import not_negative, positive
+from ..prefix_tree import Cleared, Removed, Stored
+from ..waiting_tree import WaitingTree, longest_match
+from .charges import Bill, Charges, Prices
+
+KNOWN_CLIENT_S: Final = 3600.0
+"""A client that was away longer is a newcomer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DlpmParameters:
+    """`quantum` is what a refill gives a client of weight 1, in priced tokens.
+
+    `new_client_credit`: a newcomer starts with nothing, or with a quantum (then a client with many
+    names gains credit). `refill_scope`: who keeps a refill from happening while it has credit:
+    clients with a queue, or also those that only run. `charge_at`: prompt tokens are charged on
+    admission, or as they are run. `client_age_limit_s`: a request that has waited longer goes first
+    among its client's; 0 is off.
+    """
+
+    quantum: float = 4096.0
+    w_in: float = 1.0
+    w_out: float = 2.0
+    price_cached: float = 0.0
+    refill_scope: Literal["queued", "queued_or_running"] = "queued"
+    new_client_credit: Literal["0", "quantum"] = "0"
+    charge_at: Literal["admit", "enacted"] = "admit"
+    client_age_limit_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("quantum", self.quantum)
+        for name in ("w_in", "w_out", "price_cached", "client_age_limit_s"):
+            not_negative(name, getattr(self, name))
+
+
+@dataclass(slots=True)
+class _Client:
+    """`credit` is what is left of its quanta, `held` what planned tokens will be charged.
+
+    `since` says when its waiting requests came, by number; `key` is where the index has it.
+    """
+
+    name: str
+    quantum: float
+    credit: float
+    last_seen_s: float
+    held: float = 0.0
+    tree: WaitingTree = field(default_factory=WaitingTree)
+    since: SortedDict = field(default_factory=SortedDict)
+    num_running: int = 0
+    key: tuple[Any, ...] | None = None
+
+    @property
+    def free_credit(self) -> float:
+        """What decides: planned tokens count as charged."""
+        return self.credit - self.held
+
+    @property
+    def rounds(self) -> int:
+        """Refills until it has credit."""
+        return math.floor(-self.free_credit / self.quantum) + 1
+
+
+class Dlpm:
+    """Longest match first among the clients that have credit; when none has, all get a quantum.
+
+    One request may overdraw. Who runs is never stopped for lack of credit. Work conserving; inside
+    a client a cold request can starve behind hot ones unless `client_age_limit_s` is set.
+    """
+
+    def __init__(self, parameters: DlpmParameters | None = None):
+        self._parameters = known = parameters or DlpmParameters()
+        self._charges = Charges(
+            Prices(known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted")
+        )
+        self._clients: dict[str, _Client] = {}
+        self._ready: SortedDict = SortedDict()  # key -> client, of those with credit and a queue
+        self._arrivals: dict[RequestNumber, Arrive] = {}
+        self._running: dict[RequestNumber, _Client] = {}
+        self._now_s = 0.0
+
+    def on(self, event: Event) -> None:
+        match event:
+            case Enact(number=number, num_prompt_tokens=prompt, num_output_tokens=output):
+                client = self._running[number]
+                self._charge(client, self._charges.enacted(number, prompt, output))
+            case Arrive():
+                self._arrive(event)
+            case Admit(number=number, num_extend_tokens=extend):
+                self._admit(number, extend)
+            case Preempt(number=number, num_cached=num_cached):
+                client = self._stop(number)
+                self._queue(client, self._arrivals[number], num_cached)
+            case Finish(number=number) | Abort(number=number):
+                self._end(number)
+            case Tick(now_s=now_s):
+                self._tick(now_s)
+            case Stored() | Removed() | Cleared():
+                for client in self._clients.values():
+                    if client.tree.on(event):
+                        self._place(client)
+            case _:
+                pass
+
+    def next(self) -> RequestNumber | None:
+        if not self._ready:
+            self._refill()
+        return self._candidate(self._ready.peekitem(0)[1]) if self._ready else None
+
+    def waiting(self) -> Iterator[RequestNumber]:
+        """Client by client, those with credit first; who follows an admission is not foreseen."""
+        for client in [*self._ready.values(), *self._clients.values()]:
+            if client.key is None or self._ready.get(client.key) is client:
+                yield from (rank[-1] for rank in client.tree)
+
+    def running(self) -> list[RequestNumber]:
+        """Most credit in front, so that the most overdrawn client gives way first."""
+        return sorted(self._running, key=lambda number: (-self._running[number].credit, number))
+
+    def credits(self) -> dict[str, float]:
+        """Every known client's credit, in priced tokens."""
+        return {client.name: client.credit for client in self._clients.values()}
+
+    # Credit.
+
+    def _refill(self) -> None:
+        """As few rounds as give somebody who waits credit, to every known client without."""
+        runs_count = self._parameters.refill_scope == "queued_or_running"
+        active = [
+            client
+            for client in self._clients.values()
+            if client.since or (runs_count and client.num_running)
+        ]
+        if not active or any(client.free_credit > 0 for client in active):
+            return
+        rounds = min(client.rounds for client in active)
+        for client in self._clients.values():
+            if client.free_credit <= 0:
+                client.credit += min(rounds, client.rounds) * client.quantum
+                self._place(client)
+
+    def _charge(self, client: _Client, bill: Bill) -> None:
+        had_credit = client.free_credit > 0
+        client.credit -= bill.charge
+        client.held += bill.hold
+        if had_credit is not (client.free_credit > 0):
+            self._place(client)
+
+    # Requests.
+
+    def _arrive(self, event: Arrive) -> None:
+        client = self._clients.get(event.client)
+        if client is None:
+            quantum = event.weight * self._parameters.quantum
+            credit = quantum if self._parameters.new_client_credit == "quantum" else 0.0
+            client = _Client(event.client, quantum, credit, event.arrived_s)
+            self._clients[client.name] = client
+        self._arrivals[event.number] = event
+        self._charges.arrived(event.number, event.num_prompt_tokens)
+        self._queue(client, event, event.num_cached)
+
+    def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:
+        client.tree.add((event.number,), event.page_keys, num_cached)
+        client.since[event.number] = event.arrived_s
+        self._place(client)
+
+    def _admit(self, number: RequestNumber, extend: int) -> None:
+        client = self._clients[self._arrivals[number].client]
+        client.tree.remove((number,))
+        del client.since[number]
+        client.num_running += 1
+        self._running[number] = client
+        self._charge(client, self._charges.admitted(number, extend))
+        self._place(client)
+
+    def _stop(self, number: RequestNumber) -> _Client:
+        client = self._running.pop(number)
+        client.num_running -= 1
+        self._charge(client, self._charges.stopped(number))
+        return client
+
+    def _end(self, number: RequestNumber) -> None:
+        if number in self._running:
+            client = self._stop(number)
+        else:
+            client = self._clients[self._arrivals[number].client]
+            client.tree.remove((number,))
+            del client.since[number]
+            self._place(client)
+        client.last_seen_s = self._now_s
+        del self._arrivals[number]
+        self._charges.forget(number)
+
+    def _tick(self, now_s: float) -> None:
+        self._now_s = now_s
+        if self._parameters.client_age_limit_s:
+            for client in self._clients.values():
+                self._place(client)
+        oldest = next(iter(self._clients.values()), None)
+        if oldest is not None and not oldest.since and not oldest.num_running:
+            # One a tick, in turn: cheap, and soon enough.
+            del self._clients[oldest.name]
+            if now_s - oldest.last_seen_s < KNOWN_CLIENT_S:
+                self._clients[oldest.name] = oldest
+
+    # The index.
+
+    def _candidate(self, client: _Client) -> RequestNumber:
+        """The client's next request."""
+        limit_s = self._parameters.client_age_limit_s
+        if limit_s:
+            oldest: Any = client.since.peekitem(0)
+            number, since_s = oldest
+            if self._now_s - since_s > limit_s:
+                return number
+        first = client.tree.first()
+        assert first is not None
+        return first[-1]
+
+    def _place(self, client: _Client) -> None:
+        """Bring the index up to date about a client."""
+        key = None
+        if client.since and client.free_credit > 0:
+            rank = (self._candidate(client),)
+            key = longest_match(client.tree.match(rank), rank)
+        if key != client.key:
+            if client.key is not None:
+                del self._ready[client.key]
+            if key is not None:
+                self._ready[key] = client
+            client.key = key

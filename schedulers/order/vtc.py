@@ -1,0 +1,145 @@
+"""Virtual token counter: the client that was served least is next.
+
+Source: "Fairness in Serving Large Language Models" (arXiv 2401.00588) and Ying1123/VTC-artifact;
+papers.md 4.1. Beyond them: weights, a price of cached tokens, and recomputation is not charged
+twice. The lift on an idle system comes from a re-implementation, so it is a switch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sortedcontainers import SortedDict, SortedList
+
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber
+from ..parameters import not_negative
+from .charges import Bill, Charges, Prices
+
+
+@dataclass(frozen=True, slots=True)
+class VtcParameters:
+    """Prices per token. `idle_lift`: who finds the system idle starts level with who left last."""
+
+    w_in: float = 1.0
+    w_out: float = 2.0
+    price_cached: float = 1.0
+    idle_lift: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("w_in", "w_out", "price_cached"):
+            not_negative(name, getattr(self, name))
+
+
+@dataclass(slots=True)
+class _Client:
+    """`counter` is the service charged so far, by weight; `waiting` its queue, by arrival."""
+
+    name: str
+    weight: float
+    counter: float = 0.0
+    waiting: SortedList = field(default_factory=SortedList)
+    num_requests: int = 0
+
+
+class Vtc:
+    """Fair by client, blind to prefixes. Work conserving; inside a client first come, first served.
+
+    A client's counter rises by what its requests are charged, over its weight. Who was away is
+    lifted to the least counter of those in the queue, so that nobody saves up service.
+    """
+
+    def __init__(self, parameters: VtcParameters | None = None):
+        self._parameters = parameters or VtcParameters()
+        prices = self._parameters
+        self._charges = Charges(Prices(prices.w_in, prices.w_out, prices.price_cached))
+        self._clients: dict[str, _Client] = {}
+        self._queued: SortedDict = SortedDict()  # (counter, name) -> client, of those with a queue
+        self._arrivals: dict[RequestNumber, Arrive] = {}
+        self._running: dict[RequestNumber, _Client] = {}
+        self._last_left: _Client | None = None  # the queue
+
+    def on(self, event: Event) -> None:
+        match event:
+            case Arrive():
+                self._arrive(event)
+            case Admit(number=number, num_extend_tokens=extend):
+                client = self._clients[self._arrivals[number].client]
+                self._leave(client, number)
+                self._running[number] = client
+                self._charge(client, self._charges.admitted(number, extend))
+            case Enact(number=number, num_prompt_tokens=prompt, num_output_tokens=output):
+                self._charge(self._running[number], self._charges.enacted(number, prompt, output))
+            case Preempt(number=number):
+                client = self._running.pop(number)
+                self._charge(client, self._charges.stopped(number))
+                self._join(client, number)
+            case Finish(number=number) | Abort(number=number):
+                self._end(number)
+            case _:
+                pass
+
+    def next(self) -> RequestNumber | None:
+        if not self._queued:
+            return None
+        return self._queued.peekitem(0)[1].waiting[0]
+
+    def waiting(self) -> Iterator[RequestNumber]:
+        for client in self._queued.values():
+            yield from client.waiting
+
+    def running(self) -> list[RequestNumber]:
+        """Who is charged least in front, so that the most overdrawn client gives way first."""
+        return sorted(self._running, key=lambda number: (self._running[number].counter, number))
+
+    def counters(self) -> dict[str, float]:
+        """What every remembered client was charged, by weight."""
+        return {client.name: client.counter for client in self._clients.values()}
+
+    def _arrive(self, event: Arrive) -> None:
+        client = self._clients.get(event.client)
+        if client is None:
+            client = self._clients[event.client] = _Client(event.client, event.weight)
+        self._arrivals[event.number] = event
+        self._charges.arrived(event.number, event.num_prompt_tokens)
+        client.num_requests += 1
+        if not client.waiting:
+            self._lift(client)
+        self._join(client, event.number)
+
+    def _lift(self, client: _Client) -> None:
+        if self._queued:
+            client.counter = max(client.counter, self._queued.peekitem(0)[1].counter)
+        elif self._parameters.idle_lift and not self._running and self._last_left is not None:
+            client.counter = max(client.counter, self._last_left.counter)
+
+    def _join(self, client: _Client, number: RequestNumber) -> None:
+        client.waiting.add(number)
+        self._queued[client.counter, client.name] = client
+
+    def _leave(self, client: _Client, number: RequestNumber) -> None:
+        client.waiting.remove(number)
+        if not client.waiting:
+            del self._queued[client.counter, client.name]
+            self._last_left = client
+
+    def _charge(self, client: _Client, bill: Bill) -> None:
+        if not bill.charge:
+            return
+        if client.waiting:
+            del self._queued[client.counter, client.name]
+        client.counter += bill.charge / client.weight
+        if client.waiting:
+            self._queued[client.counter, client.name] = client
+
+    def _end(self, number: RequestNumber) -> None:
+        client = self._clients[self._arrivals.pop(number).client]
+        if number in self._running:
+            del self._running[number]
+            self._charge(client, self._charges.stopped(number))
+        else:
+            self._leave(client, number)
+        self._charges.forget(number)
+        client.num_requests -= 1
+        # One that the lift would bring to where the others are need not be remembered.
+        if not client.num_requests and self._queued:
+            if client.counter <= self._queued.peekitem(0)[1].counter:
+                del self._clients[client.name]

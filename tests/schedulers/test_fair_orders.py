@@ -1,0 +1,297 @@
+"""vtc and dlpm: the worked cases, their bounds, and what they turn into at the ends of a dial."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.schedulers.events import Admit, Arrive, Enact, Event, Finish, Preempt
+from jaxserve.schedulers.order import Order
+from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
+from jaxserve.schedulers.order.fcfs import Fcfs
+from jaxserve.schedulers.order.lpm import Lpm
+from jaxserve.schedulers.order.vtc import Vtc, VtcParameters
+from jaxserve.schedulers.prefix_tree import NO_PARENT, Stored
+from jaxserve.schedulers.toy_engine import PAGE, ToyEngine, Work
+
+
+def arrive(number: int, client: str, tokens: int, **fields: object) -> Arrive:
+    return Arrive(number, client, 0, 0.0, tokens, 10, 1, **fields)
+
+
+def tell(order: Order, *events: Event) -> None:
+    for event in events:
+        order.on(event)
+
+
+# ------------------------------------------------------------------------------------------- vtc
+
+
+def test_vtcs_worked_case() -> None:
+    """papers.md 4.1: two clients, three decode steps, then two newcomers who are lifted."""
+    order = Vtc()
+    tell(order, *(arrive(number, "a", 10) for number in (1, 2, 3)), arrive(4, "b", 4))
+    admitted = []
+    for extend in (10, 4):  # a prefill cap of 14 lets in two
+        number = order.next()
+        assert number is not None
+        order.on(Admit(number, extend))
+        admitted.append(number)
+    assert admitted == [1, 4] and order.counters() == {"a": 10, "b": 4}
+    for _ in range(3):
+        tell(order, Enact(1, 0, 1), Enact(4, 0, 1))
+    assert order.counters() == {"a": 16, "b": 10}
+    tell(order, arrive(5, "b", 4), arrive(6, "c", 6))
+    assert order.counters() == {"a": 16, "b": 16, "c": 16}
+    for number, extend in ((2, 10), (5, 4), (6, 6), (3, 10)):
+        assert order.next() == number
+        order.on(Admit(number, extend))
+    assert order.counters() == {"a": 36, "b": 20, "c": 22}
+
+
+def test_vtc_lifts_who_finds_the_system_idle_on_wish() -> None:
+    for idle_lift, wanted in ((True, 14.0), (False, 0.0)):
+        order = Vtc(VtcParameters(idle_lift=idle_lift))
+        tell(order, arrive(1, "a", 10), Admit(1, 10), Enact(1, 10, 2), Finish(1))
+        order.on(arrive(2, "b", 5))
+        assert order.counters()["b"] == wanted
+
+
+def test_vtc_charges_by_weight_and_prices_what_is_cached() -> None:
+    for price_cached, wanted in ((1.0, 5.0), (0.0, 2.0), (0.5, 3.5)):
+        order = Vtc(VtcParameters(price_cached=price_cached))
+        tell(order, arrive(1, "a", 10, weight=2.0), Admit(1, 4))
+        assert order.counters()["a"] == wanted
+
+
+# ------------------------------------------------------------------------------------------ dlpm
+
+
+def matched(tokens: int) -> tuple[bytes, ...]:
+    return tuple(b"%d" % page for page in range(tokens))
+
+
+def test_dlpms_worked_case() -> None:
+    """papers.md 3.8: one request overdraws, and a client with credit goes before a longer match."""
+    order = Dlpm(DlpmParameters(quantum=4.0, charge_at="enacted"))
+    for number, client, match in ((1, "a", 100), (2, "a", 90), (3, "b", 80)):
+        keys = tuple(f"{client}{number}{page}".encode() for page in range(match))
+        order.on(arrive(number, client, match + 3, page_keys=keys, num_cached=match))
+    planned = []
+    while (number := order.next()) is not None:
+        planned.append(number)
+        order.on(Admit(number, 3))
+    assert planned == [1, 2, 3]
+    tell(order, Enact(1, 3, 0), Enact(3, 2, 0), Preempt(2, 90), Preempt(3, 80))
+    assert order.credits() == {"a": 1, "b": 2}
+    order.on(Enact(1, 0, 2))
+    assert order.credits() == {"a": -3, "b": 2}
+    assert order.next() == 3  # a has the longer match, b the credit; and nobody was refilled
+    assert order.credits() == {"a": -3, "b": 2}
+
+
+def test_a_newcomer_waits_for_the_others_credit_unless_it_gets_a_quantum() -> None:
+    for new_client_credit, wanted in (("0", 2), ("quantum", 9)):
+        order = Dlpm(DlpmParameters(quantum=100.0, new_client_credit=new_client_credit))
+        tell(order, arrive(1, "a", 5), arrive(2, "a", 5))
+        assert order.next() == 1
+        order.on(Admit(1, 5))
+        order.on(arrive(9, "b", 5, page_keys=matched(1), num_cached=1))
+        assert order.next() == wanted
+
+
+def test_who_only_runs_blocks_refills_on_wish() -> None:
+    for refill_scope, wanted in (("queued", 2), ("queued_or_running", None)):
+        order = Dlpm(DlpmParameters(quantum=100.0, refill_scope=refill_scope))
+        order.on(arrive(1, "a", 5))
+        assert order.next() == 1
+        tell(order, Admit(1, 5), arrive(2, "b", 5))
+        assert order.next() == wanted
+
+
+def test_prompts_are_charged_on_admission_or_as_they_run() -> None:
+    for charge_at, wanted in (("admit", 5.0), ("enacted", 10.0)):
+        order = Dlpm(DlpmParameters(quantum=10.0, charge_at=charge_at))
+        order.on(arrive(1, "a", 5))
+        assert order.next() == 1
+        order.on(Admit(1, 5))
+        assert order.credits()["a"] == wanted
+        order.on(Enact(1, 5, 0))
+        assert order.credits()["a"] == 5.0
+
+
+@pytest.mark.parametrize("charge_at", ["admit", "enacted"])
+def test_what_was_not_run_is_given_back_and_nothing_is_paid_twice(charge_at) -> None:
+    order = Dlpm(DlpmParameters(quantum=100.0, charge_at=charge_at))
+    order.on(arrive(1, "a", 10))
+    assert order.next() == 1
+    tell(order, Admit(1, 10), Enact(1, 4, 0), Preempt(1))
+    assert order.credits()["a"] == 96
+    tell(order, Admit(1, 10), Enact(1, 10, 3), Preempt(1))
+    assert order.credits()["a"] == 90 - 6
+    tell(order, Admit(1, 13), Enact(1, 13, 1))
+    assert order.credits()["a"] == 84 - 2
+
+
+def test_a_request_that_waited_long_goes_first_among_its_clients_on_wish() -> None:
+    for limit_s, wanted in ((0.0, 3), (5.0, 1)):
+        order = Dlpm(DlpmParameters(quantum=1e6, client_age_limit_s=limit_s))
+        engine = ToyEngine(order, slots=1)
+        engine.cached = {b"hot"}
+        engine.arrive(Work(1, "a", ("cold",), 3))
+        engine.now_s = 10.0
+        engine.arrive(Work(2, "a", ("hot",), 1))
+        engine.fill()
+        assert engine.admitted == ([2] if not limit_s else [1])
+        while engine.running:
+            engine.step()
+        engine.arrive(Work(3, "a", ("hot",), 1))
+        if limit_s:
+            engine.arrive(Work(4, "a", ("hot",), 1))
+            assert engine.fill() == [2]
+        else:
+            assert engine.fill() == [wanted]
+
+
+def test_cached_prefixes_cost_what_they_are_priced() -> None:
+    for price_cached, wanted in ((0.0, 96.0), (0.5, 93.0)):
+        order = Dlpm(DlpmParameters(quantum=100.0, price_cached=price_cached))
+        order.on(arrive(1, "a", 10))
+        assert order.next() == 1
+        order.on(Admit(1, 4))
+        assert order.credits()["a"] == wanted
+
+
+# ----------------------------------------------------------------------- the ends of the dials
+
+WORKS = st.lists(
+    st.tuples(
+        st.sampled_from("abc"),
+        st.lists(st.sampled_from("xyz"), max_size=4),
+        st.integers(1, 5),
+        st.integers(0, 3),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+def run(order: Order, works, *, slots: int = 2, one_client: bool = False) -> list[int]:
+    """Everybody in the sequence of admission; the last number of a work is a pause before it."""
+    engine = ToyEngine(order, slots)
+    for number, (client, pages, output, pause) in enumerate(works, 1):
+        for _ in range(pause):
+            engine.fill()
+            engine.step()
+        engine.arrive(Work(number, "a" if one_client else client, tuple(pages), output))
+    while engine.waiting or engine.running:
+        engine.fill()
+        assert len(engine.running) == min(slots, len(engine.running) + len(engine.waiting))
+        engine.step()
+    return engine.admitted
+
+
+@given(works=WORKS)
+def test_a_huge_quantum_makes_dlpm_lpm(works) -> None:
+    huge = DlpmParameters(quantum=1e12, new_client_credit="quantum")
+    assert run(Dlpm(huge), works) == run(Lpm(), works)
+
+
+@given(works=WORKS, quantum=st.integers(1, 50).map(float))
+def test_one_client_makes_dlpm_lpm_and_vtc_fcfs(works, quantum) -> None:
+    dlpm = Dlpm(DlpmParameters(quantum=quantum))
+    assert run(dlpm, works, one_client=True) == run(Lpm(), works, one_client=True)
+    assert run(Vtc(), works, one_client=True) == run(Fcfs(), works, one_client=True)
+
+
+@given(works=WORKS)
+def test_lpm_with_nothing_to_share_is_fcfs(works) -> None:
+    alone = [(client, [], output, pause) for client, _, output, pause in works]
+    assert run(Lpm(), alone) == run(Fcfs(), alone)
+
+
+# ------------------------------------------------------------------------------------- the bounds
+
+
+def overload(order: Order, *, seed: int, weights: dict[str, float], slots: int, steps: int):
+    """Clients that always have requests waiting; yields the engine after every move."""
+    rng = random.Random(seed)
+    engine = ToyEngine(order, slots)
+    number = 0
+    for _ in range(steps):
+        for client, weight in weights.items():
+            while sum(work.client == client for work in engine.waiting.values()) < 3:
+                number += 1
+                pages = tuple(rng.choice((client, "shared", str(number))) for _ in range(3))
+                engine.arrive(Work(number, client, pages, rng.randint(1, 6), weight))
+        engine.fill()
+        yield engine
+        engine.step()
+        yield engine
+        if rng.random() < 0.1 and engine.cached:
+            engine.evict(rng.choice(sorted(engine.cached)))
+        if rng.random() < 0.1 and len(engine.running) > 1:
+            engine.preempt()
+            yield engine
+
+
+LONGEST_EXTEND, LONGEST_OUTPUT = 3 * PAGE + 1 + 6, 6
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    quantum=st.integers(1, 200).map(float),
+    slots=st.integers(1, 5),
+    scope=st.sampled_from(["queued", "queued_or_running"]),
+    charge_at=st.sampled_from(["admit", "enacted"]),
+    heavy=st.sampled_from([1.0, 3.0]),
+)
+def test_dlpm_keeps_its_bound_at_every_instant(
+    seed, quantum, slots, scope, charge_at, heavy
+) -> None:
+    order = Dlpm(DlpmParameters(quantum=quantum, refill_scope=scope, charge_at=charge_at))
+    overdraft = LONGEST_EXTEND + 2 * slots * LONGEST_OUTPUT
+    weights = {"a": heavy, "b": 1.0, "c": 1.0}
+    for engine in overload(order, seed=seed, weights=weights, slots=slots, steps=60):
+        served = {name: engine.charged[name] / weights[name] for name in weights}
+        assert max(served.values()) - min(served.values()) <= quantum + overdraft
+        # Refunds may lift a credit by what was charged and not run.
+        for name, credit in order.credits().items():
+            assert -overdraft <= credit <= weights[name] * quantum + LONGEST_EXTEND
+
+
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 5))
+def test_vtc_keeps_its_bound_at_every_instant(seed, slots) -> None:
+    order = Vtc(VtcParameters(price_cached=0.0))
+    most = max(LONGEST_EXTEND, 2 * slots * (LONGEST_EXTEND + LONGEST_OUTPUT))
+    for engine in overload(order, seed=seed, weights={"a": 1.0, "b": 1.0}, slots=slots, steps=60):
+        assert abs(engine.charged["a"] - engine.charged["b"]) <= 2 * most
+
+
+def test_lpm_starves_and_dlpm_does_not() -> None:
+    """An endless hot prefix keeps a cold request of another client waiting under lpm alone."""
+
+    def served_at(order: Order) -> int | None:
+        engine = ToyEngine(order, slots=1)
+        engine.cached = {b"p"}
+        engine.arrive(Work(1, "cold", ("q",), 1))
+        for step in range(2, 300):
+            engine.arrive(Work(step, "hot", ("p",), 1))
+            engine.fill()
+            engine.step()
+            if 1 in engine.admitted:
+                return step
+        return None
+
+    assert served_at(Lpm()) is None
+    assert served_at(Dlpm(DlpmParameters(quantum=50.0))) is not None
+
+
+def test_a_cache_change_reaches_every_client() -> None:
+    order = Dlpm(DlpmParameters(quantum=100.0, new_client_credit="quantum"))
+    order.on(arrive(1, "a", 9, page_keys=(b"x",)))
+    order.on(arrive(2, "b", 9, page_keys=(b"y",)))
+    assert order.next() == 1
+    order.on(Stored(1, NO_PARENT, (b"y",)))
+    assert order.next() == 2
