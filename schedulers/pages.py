@@ -24,10 +24,10 @@ takes pages out of the tree while they are read. To the counts these are all the
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .prefix_tree import Match, PrefixTree
+from .prefix_tree import KvEvent, Match, PrefixTree
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +95,14 @@ class PagePool:
     `check` and `clear_cache` look at the whole pool.
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, num_events_kept: int = 4096):
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        num_events_kept: int = 4096,
+        on_cache_change: Callable[[KvEvent], None] = lambda event: None,
+    ):
         if num_pages < 1 or page_size < 1:
             raise ValueError(
                 f"a pool needs at least one page of at least one token, got num_pages={num_pages}, "
@@ -103,7 +110,9 @@ class PagePool:
             )
         self.num_pages = num_pages
         self.page_size = page_size
-        self.tree = PrefixTree(page_size, num_events_kept=num_events_kept)
+        self.tree = PrefixTree(
+            page_size, num_events_kept=num_events_kept, on_change=on_cache_change
+        )
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: what was used last is warm
         self._readers = [0] * num_pages
         self._leases: set[Lease] = set()  # not released

@@ -17,7 +17,7 @@ therefore a binary search over the chain, not a walk.
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -175,10 +175,20 @@ class Match:
 
 
 class PrefixTree:
-    """The cached pages of one pool, which is the only caller of what changes them."""
+    """The cached pages of one pool, which is the only caller of what changes them.
 
-    def __init__(self, page_size: int, *, num_events_kept: int = 4096):
+    `on_change` hears of every event as it happens.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        *,
+        num_events_kept: int = 4096,
+        on_change: Callable[[KvEvent], None] = lambda event: None,
+    ):
         self._page_size = page_size
+        self._on_change = on_change
         self._nodes: dict[bytes, _Node] = {}  # parents before children, as children go first
         self._node_at: dict[int, _Node] = {}  # by page
         self._idle: OrderedDict[int, _Node] = OrderedDict()  # by page; see the module docstring
@@ -309,7 +319,7 @@ class PrefixTree:
         assert parent is not None
         parent.holds = 1  # its reader; the others have a held child as well
         self._last_seq += 1
-        self._events.append(Stored(self._last_seq, parent_key, tuple(keys[first:])))
+        self._tell(Stored(self._last_seq, parent_key, tuple(keys[first:])))
 
     def evict(self, num_pages: int) -> list[int]:
         """Forget the `num_pages` least recently used unreferenced pages, leaves first."""
@@ -319,7 +329,7 @@ class PrefixTree:
             del self._nodes[node.key], self._node_at[node.page]
         self._evictions += num_pages
         self._last_seq += 1
-        self._events.append(Removed(self._last_seq, tuple([node.key for node in gone])))
+        self._tell(Removed(self._last_seq, tuple([node.key for node in gone])))
         return [node.page for node in gone]
 
     def clear(self) -> list[int]:
@@ -329,8 +339,12 @@ class PrefixTree:
         self._node_at.clear()
         self._idle.clear()
         self._last_seq += 1
-        self._events.append(Cleared(self._last_seq))
+        self._tell(Cleared(self._last_seq))
         return pages
+
+    def _tell(self, event: KvEvent) -> None:
+        self._events.append(event)
+        self._on_change(event)
 
     def check(self, read_pages: Collection[int]) -> None:
         """Recount every law, given the pages that leases read; O(cached). Raises AssertionError."""

@@ -4,7 +4,7 @@ step. Pages have names, so that a test can say what prompts share."""
 from dataclasses import dataclass, field
 from typing import Final
 
-from .events import Admit, Arrive, Enact, Finish, Preempt, Tick
+from .events import Abort, Admit, Arrive, Enact, Finish, Preempt, Tick
 from .order import Order
 from .prefix_tree import NO_PARENT, Removed, Stored
 
@@ -21,6 +21,7 @@ class Work:
     pages: tuple[str, ...]
     output: int
     weight: float = 1.0
+    priority: int = 0
     made: int = 0
 
     @property
@@ -58,7 +59,7 @@ class ToyEngine:
             Arrive(
                 number=work.number,
                 client=work.client,
-                priority=0,
+                priority=work.priority,
                 arrived_s=self.now_s,
                 num_prompt_tokens=work.num_prompt_tokens,
                 max_output=work.output,
@@ -115,6 +116,12 @@ class ToyEngine:
         number = self.order.running()[-1]
         work = self.waiting[number] = self.running.pop(number)
         self.order.on(Preempt(number, self.match(work)))
+
+    def abort(self, number: int) -> None:
+        """End a request from outside."""
+        self.waiting.pop(number, None)
+        self.running.pop(number, None)
+        self.order.on(Abort(number))
 
     def evict(self, key: bytes) -> None:
         """Forget a page and all behind it."""

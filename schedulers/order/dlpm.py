@@ -13,6 +13,7 @@ within Q + U of each other from a start at zero, within 2 (Q + U) over any inter
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final, Literal
 
 from sortedcontainers import SortedDict
@@ -129,9 +130,9 @@ class Dlpm:
 
     def waiting(self) -> Iterator[RequestNumber]:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
-        for client in [*self._ready.values(), *self._clients.values()]:
-            if client.key is None or self._ready.get(client.key) is client:
-                yield from (rank[-1] for rank in client.tree)
+        others = (client for client in self._clients.values() if client.key is None)
+        for client in chain(self._ready.values(), others):
+            yield from (rank[-1] for rank in client.tree)
 
     def running(self) -> list[RequestNumber]:
         """Most credit in front, so that the most overdrawn client gives way first."""
