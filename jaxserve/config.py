@@ -5,12 +5,15 @@ Simulator and server share these records and so their defaults; every report pri
 
 import math
 import re
+import typing
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers import admission, order
+from jaxserve.schedulers import admission
+from jaxserve.schedulers.catalog import ORDERS, make_order
 
-ORDERS = tuple(order.ORDERS)
+ORDER_NAMES = tuple(ORDERS)
 ADMISSIONS = tuple(admission.ADMISSIONS)
 SLICINGS = ("adaptive", "fixed", "iteration", "sequence")
 PREFIX_SCOPES = ("auto", "client", "group", "all")
@@ -20,6 +23,22 @@ EXECUTORS = ("jax", "paced", "mock")
 def _require(condition: bool, field: str, got: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{field}: got {got!r}; allowed: {allowed}")
+
+
+_Record = TypeVar("_Record")
+
+
+def record_from_dict(kind: type[_Record], fields: dict[str, Any]) -> _Record:
+    """The inverse of `dataclasses.asdict`, by way of JSON, for records that nest."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = record_from_dict(hints[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return kind(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +76,8 @@ class CacheConfig:
 class SchedulerConfig:
     """Order, admission and slicing of one replica, and the bounds of its queue.
 
+    `order_options` set the order's parameters, such as "quantum=4096"; `jaxserve policies` lists
+    them.
     `max_rows` is the most sequences that run at once, `max_prefill_tokens` the most prompt tokens
     a tick may hold beside its decode rows. `slice_steps` is S of `fixed` and the most steps of
     `adaptive` (tokens per row and slice). `max_gap_ms` bounds the delivery gap of running streams
@@ -64,6 +85,7 @@ class SchedulerConfig:
     """
 
     order: str = "fcfs"
+    order_options: tuple[str, ...] = ()
     admission: str = "slice_lease"
     slicing: str = "adaptive"
     slice_steps: int = 64
@@ -77,7 +99,11 @@ class SchedulerConfig:
     overlap: bool = True
 
     def __post_init__(self) -> None:
-        for field, allowed in (("order", ORDERS), ("admission", ADMISSIONS), ("slicing", SLICINGS)):
+        try:
+            make_order(self.order, self.order_options, page_size=1)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for field, allowed in (("admission", ADMISSIONS), ("slicing", SLICINGS)):
             value = getattr(self, field)
             _require(value in allowed, field, value, ", ".join(allowed))
         for field, least, most in (

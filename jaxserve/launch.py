@@ -60,6 +60,12 @@ COMMANDS: Final = {
         "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
         (table.CONVERSION,),
     ),
+    "policies": Command(
+        "list the scheduling orders: source, parameters, laws",
+        "jaxserve.server.policies",
+        "jaxserve policies",
+        (),
+    ),
 }
 
 

@@ -68,13 +68,15 @@ class Request:
     `prompt` is int32 [T]. `page_keys` are the prefix-cache keys of its full pages, hashed once in
     the front end; `scope` is what they were hashed with, so that the engine can go on with the
     output's pages (None: the request takes no part in prefix sharing). Smaller `priority` is more
-    urgent. `deadline_s` is on the engine's clock. `client` is the party that fairness is owed to.
+    urgent. `deadline_s` is on the engine's clock. `client` is the party that fairness is owed to,
+    `weight` its share beside others'.
     """
 
     request_id: str
     prompt: np.ndarray
     params: SamplingParams
     client: str = "anonymous"
+    weight: float = 1.0
     priority: int = 0
     arrived_s: float = 0.0
     deadline_s: float | None = None

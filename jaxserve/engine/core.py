@@ -26,9 +26,9 @@ from jaxserve.request import (
     check_request,
 )
 from jaxserve.schedulers.admission import ADMISSIONS, Candidate
+from jaxserve.schedulers.catalog import make_order
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
-from jaxserve.schedulers.order import ORDERS
 from jaxserve.schedulers.pages import PagePool
 
 
@@ -63,10 +63,13 @@ class EngineCore:
     def __init__(self, config: CoreConfig, *, compiles: Callable[[], Compiles] = Compiles):
         self.config = config
         self._compiles = compiles
-        self.order = ORDERS[config.scheduler.order]()
+        scheduler = config.scheduler
+        self.order = make_order(
+            scheduler.order, scheduler.order_options, page_size=config.page_size
+        )
         self.admission = ADMISSIONS[config.scheduler.admission]()
         self.slicing = make_slicing(config.scheduler, config.limits)
-        self.pool = PagePool(config.num_pages, config.page_size)
+        self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=self.order.on)
         self.jobs: dict[int, Job] = {}
         self._number_of: dict[str, int] = {}
         self._last_job = 0
@@ -119,6 +122,9 @@ class EngineCore:
                 num_prompt_tokens=request.prompt.size,
                 max_output=max_output,
                 num_samples=request.params.n,
+                weight=request.weight,
+                page_keys=self._planner.lookup_keys(job),
+                num_cached=self._planner.num_cached(job),
             )
         )
         self.slicing.arrived(now_s)
@@ -305,7 +311,7 @@ class EngineCore:
             job.running, job.parent = False, None
             self.statistics_now.waiting += 1
             self.statistics_now.waiting_tokens += job.request.prompt.size
-            self.order.on(Preempt(job.number))
+            self.order.on(Preempt(job.number, self._planner.num_cached(job)))
 
     def _release(self, sequence: Sequence) -> None:
         """Give back lease and slot; what was computed and is valid stays findable."""

@@ -17,12 +17,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import record_from_dict
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan, SliceResult
 from jaxserve.errors import ConfigError, JaxserveError
-from jaxserve.request import FinishReason, Limits, Request, SamplingParams
+from jaxserve.request import FinishReason, Request, SamplingParams
 
 SCHEMA = "jaxserve.events/1"
 
@@ -80,7 +80,7 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def replay(events: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
     """Feed a log's inputs to a fresh core; yields pairs (plan logged, plan made) as JSON."""
-    core = EngineCore(config_from_json(next(events)["config"]))
+    core = EngineCore(record_from_dict(CoreConfig, next(events)["config"]))
     for event in events:
         now_s = event["now_s"]
         match event["event"]:
@@ -104,16 +104,6 @@ def replay(events: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
             case "complete":
                 core.complete(result_from_json(event["result"]), now_s)
                 core.take_deltas()
-
-
-def config_from_json(fields: dict[str, Any]) -> CoreConfig:
-    return CoreConfig(
-        **{
-            **fields,
-            "limits": Limits(**fields["limits"]),
-            "scheduler": SchedulerConfig(**fields["scheduler"]),
-        }
-    )
 
 
 def request_to_json(request: Request) -> dict[str, Any]:

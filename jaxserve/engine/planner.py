@@ -13,7 +13,7 @@ from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import EngineStatistics
 from jaxserve.schedulers.admission import Admission, Candidate, Memory, Running
-from jaxserve.schedulers.events import Admit, Enact
+from jaxserve.schedulers.events import Admit, Enact, Tick
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import Forked, Granted, OutOfPages, PagePool
 from jaxserve.schedulers.prefix_tree import page_keys
@@ -60,6 +60,7 @@ class Planner:
     def plan(self, number: int, now_s: float) -> Planned | None:
         """The next slice, its rows' sequences with their step limits, and the depth."""
         self._rows, self._sequences, self._number = [], [], number
+        self._core.order.on(Tick(now_s))
         copies = self._fork_parents()
         length = self._core.slicing.choose(self._view(now_s))
         self._plan_decode(length.steps)
@@ -310,7 +311,9 @@ class Planner:
         self._blocked = False
         budget = self._config.scheduler.max_prefill_tokens - self._queued_prefill()
         while budget > 0:
-            number = next(self._core.order.waiting(), None)
+            if not self._free_slots:
+                return
+            number = self._core.order.next()
             if number is None:
                 return
             job = self._core.jobs[number]
@@ -348,9 +351,8 @@ class Planner:
         fresh = len(rows) > 1 and not any(row.made for row in rows) and job.request.prompt.size > 1
         leaders = [Sequence(job, -1, 0)] if fresh else rows
         sizes = [row.length for row in leaders]
-        keys = job.request.page_keys if self._shares(job) else ()
-        tree, size = self._pool.tree, self._pool.page_size
-        match = tree.match(keys[: (job.request.prompt.size - 1) // size]) if keys else None
+        keys, tree, size = self.lookup_keys(job), self._pool.tree, self._pool.page_size
+        match = tree.match(keys) if keys else None
         candidate = Candidate(
             num_tokens=max(sizes),
             cost_pages=sum(self._pool.cost(each, match) for each in sizes),
@@ -362,7 +364,7 @@ class Planner:
             return None
         left = 0
         for row in leaders:
-            match = tree.match(keys[: (job.request.prompt.size - 1) // size]) if keys else None
+            match = tree.match(keys) if keys else None
             granted = self._pool.lease(row.length, match)
             if not isinstance(granted, Granted):
                 self._unseat(leaders)
@@ -408,6 +410,16 @@ class Planner:
         row.slot = -1
 
     # Prefix cache and rates.
+
+    def lookup_keys(self, job: Job) -> tuple[bytes, ...]:
+        """Keys of the pages that the job's prompt could find cached; its last token runs anyway."""
+        if not self._shares(job):
+            return ()
+        return job.request.page_keys[: (job.request.prompt.size - 1) // self._pool.page_size]
+
+    def num_cached(self, job: Job) -> int:
+        """How many of those are."""
+        return self._pool.tree.num_matched(self.lookup_keys(job))
 
     def _shares(self, job: Job) -> bool:
         return self._config.prefix_cache and job.request.scope is not None

@@ -500,7 +500,7 @@ class EngineCommand(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[EngineAbort, _Mapping]] = ..., limit: _Optional[_Union[LimitRow, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt", "sampling", "client", "priority", "timeout_s", "page_keys", "attempt", "resume_tokens", "scope")
+    __slots__ = ("request_id", "prompt", "sampling", "client", "priority", "timeout_s", "page_keys", "attempt", "resume_tokens", "scope", "weight")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -511,6 +511,7 @@ class Submit(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: bytes
     sampling: SamplingParams
@@ -521,7 +522,8 @@ class Submit(_message.Message):
     attempt: int
     resume_tokens: bytes
     scope: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., client: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., page_keys: _Optional[_Iterable[bytes]] = ..., attempt: _Optional[int] = ..., resume_tokens: _Optional[bytes] = ..., scope: _Optional[str] = ...) -> None: ...
+    weight: float
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., client: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., page_keys: _Optional[_Iterable[bytes]] = ..., attempt: _Optional[int] = ..., resume_tokens: _Optional[bytes] = ..., scope: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class EngineAbort(_message.Message):
     __slots__ = ("request_id", "sample", "reason", "keep_tokens")

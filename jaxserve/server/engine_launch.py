@@ -6,16 +6,13 @@ One JSON line goes down stdin, an `EngineLaunch`; JSON lines come up stdout, `Pr
 
 import dataclasses
 import json
-import typing
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, record_from_dict
 
 EXIT_CONFIG: Final = 2
 """The engine's exit code when the user can mend what kept it from starting."""
-
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +29,7 @@ class EngineLaunch:
 
     @classmethod
     def from_json(cls, text: str) -> "EngineLaunch":
-        return _from_dict(cls, json.loads(text))
+        return record_from_dict(cls, json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +71,3 @@ def status_from_line(line: bytes) -> Status:
     """Raises ValueError or KeyError for a line that is none."""
     fields = json.loads(line)
     return _STATUSES[fields.pop("kind")](**fields)
-
-
-def _from_dict(kind: type[_Record], fields: dict[str, Any]) -> _Record:
-    """The inverse of `dataclasses.asdict` for records that nest."""
-    hints = typing.get_type_hints(kind)
-    return kind(
-        **{
-            name: _from_dict(hints[name], value) if isinstance(value, dict) else value
-            for name, value in fields.items()
-        }
-    )

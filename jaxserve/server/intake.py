@@ -77,6 +77,7 @@ class Intake:
             prompt=ids,
             params=self._sampling(ask, num_prompt_tokens=ids.size),
             client=caller.client,
+            weight=caller.weight,
             priority=priority,
         )
         check_request(request, self.limits)

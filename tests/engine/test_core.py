@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ADMISSIONS, SchedulerConfig
+from jaxserve.config import ADMISSIONS, ORDER_NAMES, SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.errors import BadRequest, QueueFull
 from jaxserve.request import Delta, FinishReason, Limits, Request, SamplingParams
+from jaxserve.schedulers.catalog import ORDERS
 from jaxserve.schedulers.prefix_tree import page_keys
 
 VOCAB, CONTEXT, EOS = 97, 256, 13
@@ -35,11 +36,13 @@ def make_request(name: str, prompt, **params) -> Request:
     params = {"max_tokens": 10, "ignore_eos": True, **params}
     priority = params.pop("priority", 0)
     deadline_s = params.pop("deadline_s", None)
+    client = params.pop("client", "anonymous")
     keys = page_keys(tokens, page_size=8, scope="all", model="test")
     return Request(
         request_id=name,
         prompt=tokens,
         params=SamplingParams(**params),
+        client=client,
         page_keys=tuple(keys),
         scope="all",
         priority=priority,
@@ -312,7 +315,7 @@ def test_what_can_never_run_is_refused() -> None:
     num_pages=st.integers(12, 80),
     slicing=st.sampled_from(["iteration", "fixed", "adaptive"]),
     admission=st.sampled_from(ADMISSIONS),
-    order=st.sampled_from(["fcfs", "priority"]),
+    order=st.sampled_from(ORDER_NAMES),
     overlap=st.booleans(),
 )
 def test_no_page_is_lost_whatever_happens(
@@ -321,7 +324,12 @@ def test_no_page_is_lost_whatever_happens(
     """Random arrivals, forks, aborts, row limits, preemptions and finishes, in any interleaving."""
     rng = np.random.default_rng(seed)
     core = make_core(
-        num_pages=num_pages, slicing=slicing, admission=admission, order=order, overlap=overlap
+        num_pages=num_pages,
+        slicing=slicing,
+        admission=admission,
+        order=order,
+        order_options=ORDERS[order].tight,
+        overlap=overlap,
     )
     harness, requests, aborted = Harness(core), {}, set()
     for i in range(60):
@@ -333,6 +341,7 @@ def test_no_page_is_lost_whatever_happens(
                     max_tokens=int(rng.integers(1, 50)),
                     n=int(rng.integers(1, 4)),
                     priority=int(rng.integers(0, 3)),
+                    client=str(rng.choice(["a", "b", "c"])),
                 )
                 try:
                     harness.submit(request)
@@ -352,6 +361,11 @@ def test_no_page_is_lost_whatever_happens(
                 harness.parse()
             case _:
                 harness.dispatch()
+        waiting = list(core.order.waiting())
+        assert sorted([*waiting, *core.order.running()]) == sorted(core.jobs)
+        if order == "lpm":  # what it knows of the cache is what the pool has
+            match = core._planner.num_cached
+            assert waiting == sorted(waiting, key=lambda n: (-match(core.jobs[n]), n))
     harness.run()
     for name, request in requests.items():
         for sample in range(request.params.n):

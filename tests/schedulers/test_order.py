@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.schedulers.catalog import ORDERS, make_order
 from jaxserve.schedulers.events import Abort, Admit, Arrive, Enact, Finish, Preempt
-from jaxserve.schedulers.order import ORDERS
 
 
 def arrive(number: int, priority: int = 0) -> Arrive:
@@ -12,7 +12,7 @@ def arrive(number: int, priority: int = 0) -> Arrive:
 
 
 def test_a_preempted_request_takes_its_old_place() -> None:
-    order = ORDERS["fcfs"]()
+    order = make_order("fcfs", page_size=16)
     for number in (1, 2, 3):
         order.on(arrive(number))
     order.on(Admit(1, 10))
@@ -21,7 +21,7 @@ def test_a_preempted_request_takes_its_old_place() -> None:
 
 
 def test_priority_is_smaller_first_then_arrival() -> None:
-    order = ORDERS["priority"]()
+    order = make_order("priority", page_size=16)
     for number, priority in ((1, 5), (2, -1), (3, 5), (4, -1)):
         order.on(arrive(number, priority))
     assert list(order.waiting()) == [2, 4, 1, 3]
@@ -34,8 +34,8 @@ def test_priority_is_smaller_first_then_arrival() -> None:
     moves=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8), st.integers(-2, 2)), max_size=60)
 )
 def test_everybody_is_in_one_place_and_aborts_leave_no_trace(moves) -> None:
-    for make in ORDERS.values():
-        order, waiting, running, next_number = make(), set(), set(), 1
+    for name in ORDERS:
+        order, waiting, running, next_number = make_order(name, page_size=16), set(), set(), 1
         for kind, pick, priority in moves:
             if kind == 0:
                 order.on(arrive(next_number, priority))

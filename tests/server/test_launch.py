@@ -10,6 +10,7 @@ from jaxserve import flag_table, flags, launch
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
+from jaxserve.schedulers.catalog import ORDERS
 from jaxserve.server_config import ConvertConfig, GenerateConfig, LogConfig, ServerConfig
 
 SERVE = launch.COMMANDS["serve"].groups
@@ -133,7 +134,14 @@ def test_unknown_and_bad_variables_are_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--order=lifo"], "order: got 'lifo'; allowed: fcfs, priority"),
+        (["--order=lifo"], "order: got 'lifo'; allowed: fcfs, priority, "),
+        (["--order=dlmp"], "order: got 'dlmp'; allowed: .*; did you mean 'dlpm'"),
+        (["--order=dlpm", "--order_options=qantum=1"], "unknown parameter 'qantum'; did you mean"),
+        (["--order=dlpm", "--order_options=quantum=0"], "quantum: got 0.0; allowed: a positive"),
+        (["--order=dlpm", "--order_options=quantum=inf"], "quantum: got inf; allowed: a positive"),
+        (["--order=vtc", "--order_options=w_in=-1"], "w_in: got -1.0; allowed: 0 or more"),
+        (["--order=vtc", "--order_options=w_in"], "got 'w_in'; options look like parameter=value"),
+        (["--order=fcfs", "--order_options=x=1"], "unknown parameter 'x'; there are: -"),
         (["--mesh=2"], "mesh: got '2'; allowed: auto or tp=<number of devices>"),
         (["--page_size=24"], "page_size: got 24; allowed: 8, 16 ... 256"),
         (["--kv_memory_fraction=2"], "kv_memory_fraction: got 2.0; allowed"),
@@ -144,10 +152,18 @@ def test_values_are_judged_by_the_records(arguments, message):
         parse(*arguments).record(EngineConfig)
 
 
+def test_policies_are_listed_with_their_parameters(capsys):
+    assert launch.main(["policies"]) == 0
+    out = capsys.readouterr().out
+    for name in ORDERS:
+        assert f"\n{name}" in out
+    assert "quantum=4096.0" in out and "reconstruction" in out and "bounded_service_gap" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "--order=lifo"], "jaxserve: order: got 'lifo'; allowed: fcfs, priority\n"),
+        (["serve", "--order=lifo"], "jaxserve: order: got 'lifo'; allowed: fcfs, priority, "),
         (["serv"], "jaxserve: unknown command 'serv'; did you mean serve?\n"),
         (["generate"], "jaxserve: prompt: got '' and token_ids ''; allowed: exactly one"),
         (

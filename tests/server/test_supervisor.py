@@ -55,7 +55,8 @@ async def run_until_end(watched):
 
 def test_launch_and_statuses_survive_the_pipe():
     config = EngineConfig(
-        cache=CacheConfig(num_pages=7), scheduler=SchedulerConfig(order="priority")
+        cache=CacheConfig(num_pages=7),
+        scheduler=SchedulerConfig(order="dlpm", order_options=("quantum=64",)),
     )
     launch = EngineLaunch(config=config, socket_path="/s", restarts=3)
     assert EngineLaunch.from_json(launch.to_json()) == launch
