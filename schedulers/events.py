@@ -16,7 +16,7 @@ class Arrive:
     """A request joined the queue. `max_output` is per sample; `num_samples` rows are needed.
 
     `weight` is its client's share beside others'. `page_keys` name the pages that its prompt could
-    find cached, of which the first `num_cached` are.
+    find cached, of which the first `num_cached` are. `deadline_s` is on the clock of `arrived_s`.
     """
 
     number: RequestNumber
@@ -29,6 +29,7 @@ class Arrive:
     weight: float = 1.0
     page_keys: tuple[bytes, ...] = ()
     num_cached: int = 0
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

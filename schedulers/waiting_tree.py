@@ -26,6 +26,9 @@ Rank = tuple[Any, ...]
 GroupKey = Callable[[int, Rank], tuple[Any, ...]]
 """How a group stands beside others: by its match in pages and its least rank; smallest first."""
 
+OnMatch = Callable[[list[Rank], int], None]
+"""Told whose match a change of the cache has changed, and what it is now, in pages."""
+
 
 def longest_match(match: int, least: Rank) -> tuple[Any, ...]:
     """Longest match first, then by rank."""
@@ -50,11 +53,12 @@ class WaitingTree:
     """Waiting requests, each under a rank and the keys of the pages its prompt could find cached.
 
     The caller reports every change of the prefix cache, and for a new request how many of its keys
-    are cached.
+    are cached. Who asks for `on_match` pays for it by the number of requests that it names.
     """
 
-    def __init__(self, group_key: GroupKey = longest_match):
+    def __init__(self, group_key: GroupKey = longest_match, *, on_match: OnMatch | None = None):
         self._group_key = group_key
+        self._on_match = on_match
         self._root: Final = _Node(None, (), 0, 0)
         self._node_of: dict[Rank, _Node] = {}
         self._groups: SortedDict = SortedDict()  # key -> node
@@ -88,10 +92,7 @@ class WaitingTree:
 
     def match(self, rank: Rank) -> int:
         """Pages of the request's prompt that are cached."""
-        node = self._node_of[rank]
-        while not node.cached and node.parent is not None:
-            node = node.parent
-        return node.start + node.cached
+        return _match(self._node_of[rank])
 
     def __iter__(self) -> Iterator[Rank]:
         """All, the first one first. A change ends the iteration: ask anew."""
@@ -144,13 +145,15 @@ class WaitingTree:
         return place > 0
 
     def _removed(self, keys: Sequence[bytes]) -> bool:
-        known = False
+        # Children come before parents, so that the last key of a run to go says what is left of it.
+        left: dict[_Node, int] = {}
         for key in keys:
             node = self._at.get(key)
             if node is not None:
-                known = True
-                self._set_cached(node, node.run.index(key))
-        return known
+                left[node] = node.run.index(key)
+        for node, cached in left.items():
+            self._set_cached(node, cached)
+        return bool(left)
 
     def _cleared(self) -> bool:
         known = bool(self._at)
@@ -169,6 +172,8 @@ class WaitingTree:
         self._post(node)
         if node.parent is not None:
             self._post(node.parent)  # which may just have lost a member
+        if self._on_match is not None:
+            self._on_match(_group(node), _match(node))
 
     # ------------------------------------------------------------------------------- the tree
 
@@ -246,6 +251,29 @@ class WaitingTree:
 def _least(node: _Node) -> Rank | None:
     members: Any = node.members  # whose types do not say what they hold
     return members[0] if members else None
+
+
+def _match(node: _Node) -> int:
+    """Cached pages of the prompts that end in `node` or are in its group."""
+    above = node
+    while not above.cached and above.parent is not None:
+        above = above.parent
+    return above.start + above.cached
+
+
+def _group(node: _Node) -> list[Rank]:
+    """The ranks that `node`'s members lead to, in no order."""
+    ranks: list[Rank] = []
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        for rank in node.members:
+            child = node.fresh.get(rank)
+            if child is None:
+                ranks.append(rank)
+            else:
+                nodes.append(child)
+    return ranks
 
 
 def _members(node: _Node) -> Iterator[Rank]:

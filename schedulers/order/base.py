@@ -8,6 +8,9 @@ from sortedcontainers import SortedDict
 
 from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
 
+Key = tuple[int | float, ...]
+"""What requests are sorted by, smallest first."""
+
 
 @runtime_checkable
 class Order(Protocol):
@@ -36,12 +39,12 @@ class StaticOrder(ABC):
     """An order by a key that is fixed on arrival, so a preempted request takes its old place."""
 
     def __init__(self) -> None:
-        self._key: dict[RequestNumber, tuple[int, ...]] = {}
+        self._key: dict[RequestNumber, Key] = {}
         self._waiting: SortedDict = SortedDict()
         self._running: SortedDict = SortedDict()
 
     @abstractmethod
-    def key(self, event: Arrive) -> tuple[int, ...]:
+    def key(self, event: Arrive) -> Key:
         """The sorting key of a request, smallest first."""
 
     def on(self, event: Event) -> None:

@@ -1,0 +1,359 @@
+"""Orders by response ratio, class, deadline and shared prefixes: worked cases, and a plain sort of
+everybody beside each of them, whatever happens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.schedulers.events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Tick
+from jaxserve.schedulers.order.base import Order
+from jaxserve.schedulers.order.deadline import Deadline
+from jaxserve.schedulers.order.fcfs import Fcfs
+from jaxserve.schedulers.order.hrrn import Hrrn
+from jaxserve.schedulers.order.larry import Larry, LarryParameters
+from jaxserve.schedulers.order.priority import Priority, PriorityParameters
+from jaxserve.schedulers.order.shortest_prefill_first import ShortestPrefillFirst
+from jaxserve.schedulers.parameters import read
+from jaxserve.schedulers.prefix_tree import NO_PARENT, Cleared, Removed, Stored
+from jaxserve.schedulers.toy_engine import PAGE, ToyEngine, Work
+
+
+def arrive(number: int, arrived_s: float = 0.0, tokens: int = 10, **fields) -> Arrive:
+    fields = {"priority": 0, **fields}
+    return Arrive(
+        number=number,
+        client="a",
+        arrived_s=arrived_s,
+        num_prompt_tokens=tokens,
+        max_output=10,
+        num_samples=1,
+        **fields,
+    )
+
+
+def tell(order: Order, *events: Event) -> None:
+    for event in events:
+        order.on(event)
+
+
+# --------------------------------------------------------------------------------- response ratio
+
+
+def test_larrys_worked_case() -> None:
+    """papers.md 2.3: X waited 2 s for 0.5 s, Y 6 s for 3 s, Z 1 s for 0.1 s."""
+    order = Larry(LarryParameters(prefill_rate=1000.0), page_size=PAGE)
+    x, y, z = 2, 1, 3
+    tell(order, arrive(y, 0.0, 3000), arrive(x, 4.0, 500), arrive(z, 5.0, 100), Tick(6.0))
+    assert order.ratios() == {x: 5.0, y: 3.0, z: 11.0}
+    assert list(order.waiting()) == [z, x, y] and order.next() == z
+    tell(order, Admit(z, 100), Admit(x, 500), Admit(y, 3000))
+    assert order.running() == [z, x, y]  # the smallest ratio gives way first
+
+
+def test_hrrn_counts_the_prompt_tokens_that_were_computed_meanwhile() -> None:
+    order = Hrrn(page_size=PAGE)
+    tell(order, arrive(1, tokens=10), Admit(1, 10), arrive(2, tokens=40), Enact(1, 8, 0))
+    tell(order, arrive(3, tokens=4), Tick(1e6))
+    assert order.ratios() == {2: 1.2, 3: 1.0} and order.next() == 2
+    tell(order, Enact(1, 2, 5))
+    assert order.ratios() == {2: 1.25, 3: 1.5} and order.next() == 3
+
+
+def test_hrrn_lets_in_first_who_has_nothing_to_compute() -> None:
+    order = Hrrn(page_size=PAGE)
+    tell(order, arrive(1, tokens=1), arrive(2, tokens=PAGE, page_keys=(b"x",)))
+    assert order.next() == 1
+    order.on(Stored(1, NO_PARENT, (b"x",)))
+    assert order.next() == 2
+    order.on(Removed(2, (b"x",)))
+    assert order.next() == 1
+
+
+def test_larry_on_the_token_clock_is_hrrn() -> None:
+    larry = Larry(LarryParameters(clock="tokens"), page_size=PAGE)
+    hrrn = Hrrn(page_size=PAGE)
+    for order in (larry, hrrn):
+        tell(order, arrive(1), Admit(1, 10), arrive(2, tokens=7), Enact(1, 10, 0), Tick(3.0))
+    assert larry.ratios() == hrrn.ratios() == {2: 1 + 10 / 7}
+
+
+def test_what_a_preempted_request_made_is_prompt_and_its_wait_goes_on() -> None:
+    order = Hrrn(page_size=PAGE)
+    tell(order, arrive(1, tokens=10), Admit(1, 10), Enact(1, 10, 6), Preempt(1))
+    assert order.ratios() == {1: 1 + 10 / 16}
+
+
+@given(
+    works=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=30),
+    clock=st.sampled_from(["time", "tokens"]),
+)
+def test_equal_estimates_make_response_ratio_fcfs(works, clock) -> None:
+    def run(order: Order) -> list[int]:
+        engine = ToyEngine(order, slots=2)
+        for number, (output, pause) in enumerate(works, 1):
+            for _ in range(pause):
+                engine.fill()
+                engine.step()
+            engine.arrive(Work(number, "a", (str(number),), output))
+        while engine.waiting or engine.running:
+            engine.fill()
+            engine.step()
+        return engine.admitted
+
+    assert run(Larry(LarryParameters(clock=clock), page_size=PAGE)) == run(Fcfs())
+
+
+def long_starves(order: Order, *, newcomers: int) -> bool:
+    """Whether a long prompt is never let in while three short ones wait, one of them is served a
+    step, and `newcomers` more come."""
+    engine = ToyEngine(order, slots=1)
+    engine.arrive(Work(1, "a", tuple("abcdefghi"), 1))
+    number = 1
+    for step in range(300):
+        for _ in range(newcomers if step else 3):
+            number += 1
+            engine.arrive(Work(number, "b", (), 1))
+        # On a token clock the first to come would go first: nobody has waited.
+        engine.admit(2) if not step else engine.fill()
+        engine.step()
+    return 1 not in engine.admitted
+
+
+@pytest.mark.parametrize("clock", ["time", "tokens"])
+def test_response_ratio_lets_a_long_prompt_in_while_short_ones_wait_a_bounded_time(clock) -> None:
+    def order() -> Order:
+        return Larry(LarryParameters(clock=clock, prefill_rate=10.0), page_size=PAGE)
+
+    assert not long_starves(order(), newcomers=1)
+    assert long_starves(order(), newcomers=2)  # short ones alone are too many: they wait as long
+    assert long_starves(ShortestPrefillFirst(page_size=PAGE), newcomers=1)
+
+
+# ------------------------------------------------------------------------------ class and deadline
+
+
+def test_an_aged_request_goes_before_a_more_urgent_newcomer() -> None:
+    """Two classes apart and 5 s a class: urgent work passes if it comes within 10 s."""
+    order = Priority(PriorityParameters(age_s=5.0))
+    tell(order, arrive(1, 0.0, priority=2), arrive(2, 9.9), arrive(3, 10.0), arrive(4, 10.1))
+    assert list(order.waiting()) == [2, 1, 3, 4]
+    tell(order, Admit(2, 10), Admit(1, 10))
+    assert order.running() == [2, 1]
+    order.on(Preempt(1))
+    assert list(order.waiting()) == [1, 3, 4]
+
+
+def starves(order: Order) -> bool:
+    """Whether less urgent work is never let in while urgent work keeps coming, one a second."""
+    order.on(arrive(1, 0.0, priority=3))
+    for second in range(1, 200):
+        order.on(arrive(second + 1, float(second)))
+        number = order.next()
+        assert number is not None
+        if number == 1:
+            return False
+        tell(order, Admit(number, 10), Finish(number))
+    return True
+
+
+def test_ageing_ends_the_starvation_that_strict_classes_bring() -> None:
+    assert starves(Priority())
+    assert not starves(Priority(PriorityParameters(age_s=10.0)))
+
+
+def test_the_earliest_deadline_is_first_and_none_is_last() -> None:
+    order = Deadline()
+    deadlines = (None, 9.0, 3.0, None, 3.0, -1.0)
+    tell(order, *(arrive(n, deadline_s=at) for n, at in enumerate(deadlines, 1)), Tick(5.0))
+    assert list(order.waiting()) == [6, 3, 5, 2, 1, 4]
+    tell(order, Admit(4, 10), Admit(2, 10), Preempt(4))
+    assert list(order.waiting())[-1] == 4 and order.running() == [2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "fault"),
+    [
+        (PriorityParameters, {"age_s": "-1"}, "age_s: got -1.0; allowed: 0 or more"),
+        (PriorityParameters, {"age_s": "inf"}, "age_s: got inf; allowed: 0 or more"),
+        (LarryParameters, {"prefill_rate": "0"}, "prefill_rate: got 0.0; allowed: a positive num"),
+        (LarryParameters, {"clock": "sun"}, "clock: got 'sun'; allowed: time, tokens"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_by_name(kind, texts, fault) -> None:
+    with pytest.raises(ValueError, match=fault):
+        read(kind, texts)
+
+
+# ------------------------------------------------------------------------------ a sort of everybody
+
+
+@dataclass
+class Known:
+    """What a plain sort needs to know of a request."""
+
+    event: Arrive
+    came_tokens: int
+    made: int = 0
+    extend: int = 0
+
+
+@dataclass
+class World:
+    """Requests and cached pages, told to an order; keys name the whole way to a page."""
+
+    order: Order
+    requests: dict[int, Known] = field(default_factory=dict)
+    running: set[int] = field(default_factory=set)
+    cached: set[bytes] = field(default_factory=set)
+    now_s: int = 0
+    computed: int = 0
+
+    @property
+    def waiting(self) -> list[int]:
+        return sorted(set(self.requests) - self.running)
+
+    def match(self, keys: tuple[bytes, ...]) -> int:
+        return sum(key in self.cached for key in keys)
+
+    def uncached(self, number: int) -> int:
+        known = self.requests[number]
+        match = self.match(known.event.page_keys)
+        return known.event.num_prompt_tokens + known.made - PAGE * match
+
+    def do(self, kind: str, letters: str, pick: int) -> None:
+        keys = tuple(letters[: end + 1].encode() for end in range(len(letters)))
+        match kind:
+            case "arrive":
+                number = max(self.requests, default=0) + 1
+                event = arrive(
+                    number,
+                    float(self.now_s),
+                    # Now and then a prompt of whole pages, of which nothing may be uncached.
+                    PAGE * len(keys) + pick % 3 + (not keys),
+                    priority=pick % 5 - 2,
+                    page_keys=keys,
+                    num_cached=self.match(keys),
+                    deadline_s=None if pick % 4 == 0 else float(pick),
+                )
+                self.requests[number] = Known(event, self.computed)
+                self.order.on(event)
+            case "admit" if self.waiting:
+                number = self.waiting[pick % len(self.waiting)]
+                self.requests[number].extend = self.uncached(number)
+                self.running.add(number)
+                self.order.on(Admit(number, self.requests[number].extend))
+            case "preempt" | "enact" | "finish" if self.running:
+                number = sorted(self.running)[pick % len(self.running)]
+                self.end_or_run(kind, number, pick)
+            case "abort" if self.requests:
+                number = sorted(self.requests)[pick % len(self.requests)]
+                del self.requests[number]
+                self.running.discard(number)
+                self.order.on(Abort(number))
+            case "tick":
+                self.now_s += pick
+                self.order.on(Tick(float(self.now_s)))
+            case "store" if self.match(keys) < len(keys):
+                known = self.match(keys)
+                self.cached.update(keys)
+                self.order.on(Stored(1, keys[known - 1] if known else NO_PARENT, keys[known:]))
+            case "evict":
+                gone = [key for key in self.cached if key.startswith(letters.encode())]
+                self.cached.difference_update(gone)
+                gone.sort(key=len, reverse=True)
+                self.order.on(Removed(1, tuple(gone)))
+            case "clear" if pick == 0:
+                self.cached.clear()
+                self.order.on(Cleared(1))
+            case _:
+                pass
+
+    def end_or_run(self, kind: str, number: int, pick: int) -> None:
+        known = self.requests[number]
+        match kind:
+            case "preempt":
+                self.running.remove(number)
+                self.order.on(Preempt(number, self.match(known.event.page_keys)))
+            case "enact":
+                self.computed += pick
+                known.made += pick % 2
+                self.order.on(Enact(number, pick, pick % 2))
+            case _:
+                self.running.remove(number)
+                del self.requests[number]
+                self.order.on(Finish(number))
+
+
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["arrive"] * 5
+            + ["admit", "admit", "preempt", "enact", "finish", "abort", "tick"]
+            + ["store", "store", "evict", "clear"]
+        ),
+        st.text("ab", max_size=5),
+        st.integers(0, 12),
+    ),
+    max_size=60,
+)
+
+Sort = Callable[[World, int], tuple]
+
+
+def by_ratio(waited: Callable[[World, Known], int]) -> Sort:
+    def key(world: World, number: int) -> tuple:
+        known = world.requests[number]
+        uncached = known.extend if number in world.running else world.uncached(number)
+        ratio = Fraction(waited(world, known), uncached) if uncached else Fraction(10**9)
+        return (-ratio, number)
+
+    return key
+
+
+def by_class(age_s: int) -> Sort:
+    def key(world: World, number: int) -> tuple:
+        event = world.requests[number].event
+        if not age_s:
+            return (event.priority, number)
+        waited_s = world.now_s - event.arrived_s
+        return (event.priority - Fraction(waited_s) / age_s, number)
+
+    return key
+
+
+def by_deadline(world: World, number: int) -> tuple:
+    deadline_s = world.requests[number].event.deadline_s
+    return (deadline_s is None, deadline_s or 0.0, number)
+
+
+ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
+    "hrrn": (
+        lambda: Hrrn(page_size=PAGE),
+        by_ratio(lambda world, known: world.computed - known.came_tokens),
+    ),
+    "larry": (
+        lambda: Larry(LarryParameters(prefill_rate=3.0), page_size=PAGE),
+        by_ratio(lambda world, known: 3 * int(world.now_s - known.event.arrived_s)),
+    ),
+    "priority": (Priority, by_class(0)),
+    "priority, ageing": (lambda: Priority(PriorityParameters(age_s=4.0)), by_class(4)),
+    "deadline": (Deadline, by_deadline),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@given(moves=MOVES)
+def test_everybody_stands_where_a_plain_sort_puts_them(name, moves) -> None:
+    make, sort = ORDERS[name]
+    world = World(make())
+    for move in moves:
+        world.do(*move)
+        wanted = sorted(world.waiting, key=lambda number: sort(world, number))
+        assert list(world.order.waiting()) == wanted
+        assert world.order.next() == (wanted[0] if wanted else None)
+        wanted = sorted(world.running, key=lambda number: sort(world, number))
+        assert world.order.running() == wanted
