@@ -188,7 +188,7 @@ class PrefixTree:
         on_change: Callable[[KvEvent], None] = lambda event: None,
     ):
         self._page_size = page_size
-        self._on_change = on_change
+        self.on_change = on_change
         self._nodes: dict[bytes, _Node] = {}  # parents before children, as children go first
         self._node_at: dict[int, _Node] = {}  # by page
         self._idle: OrderedDict[int, _Node] = OrderedDict()  # by page; see the module docstring
@@ -344,7 +344,7 @@ class PrefixTree:
 
     def _tell(self, event: KvEvent) -> None:
         self._events.append(event)
-        self._on_change(event)
+        self.on_change(event)
 
     def check(self, read_pages: Collection[int]) -> None:
         """Recount every law, given the pages that leases read; O(cached). Raises AssertionError."""
