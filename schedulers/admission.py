@@ -5,10 +5,10 @@ candidate's prompt would take of them, pages it finds cached and idle included (
 be evicted). No rule reads a clock or draws a number. Sources: papers.md section 2.6 by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +48,49 @@ class Memory:
         return -(-tokens // self.page_size)
 
 
+class RunningRows(Sequence[Running]):
+    """The rows that run, to which admissions of one plan are added.
+
+    Rules ask for sums over all of them, candidate after candidate: `total` adds only what is new.
+    """
+
+    def __init__(self, rows: Iterable[Running] = ()):
+        self._rows = list(rows)
+        self._totals: dict[Hashable, tuple[int, int]] = {}  # rows counted, and their sum
+
+    def append(self, row: Running) -> None:
+        self._rows.append(row)
+
+    def total(self, what: Hashable, of: Callable[[Running], int]) -> int:
+        """The sum of `of` over the rows; `what` names it, with all that it depends on."""
+        counted, total = self._totals.get(what, (0, 0))
+        total += sum(of(row) for row in self._rows[counted:])
+        self._totals[what] = len(self._rows), total
+        return total
+
+    @overload
+    def __getitem__(self, place: int) -> Running: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Running]: ...
+
+    def __getitem__(self, place: int | slice) -> Running | list[Running]:
+        return self._rows[place]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 @runtime_checkable
 class Admission(Protocol):
     """One rule. `ticked` and `retracted` tell it of slices run, and of a preemption with
     the rows that still hold pages."""
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool: ...
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool: ...
 
     def ticked(self, steps: int) -> None: ...
 
-    def retracted(self, running: Sequence[Running]) -> None: ...
+    def retracted(self, running: RunningRows) -> None: ...
 
 
 class StatelessAdmission:
@@ -66,7 +99,7 @@ class StatelessAdmission:
     def ticked(self, steps: int) -> None:
         pass
 
-    def retracted(self, running: Sequence[Running]) -> None:
+    def retracted(self, running: RunningRows) -> None:
         pass
 
 
@@ -91,9 +124,11 @@ class SliceLease(StatelessAdmission):
     Preempts only when rows outgrow 2 S ahead; the engine first cuts their limits.
     """
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool:
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
         ahead = 2 * memory.slice_steps
-        growth = sum(_growth_pages(row, ahead, memory) for row in running)
+        growth = running.total(
+            ("ahead", ahead, memory.page_size), lambda row: _growth_pages(row, ahead, memory)
+        )
         need = candidate.cost_pages + _sample_growth(candidate, ahead, memory)
         return need + growth + memory.watermark_pages <= memory.available_pages
 
@@ -105,8 +140,10 @@ class ReserveMax(StatelessAdmission):
     share count once per row, which is the safe side.
     """
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool:
-        rows = sum(memory.pages(row.held + row.remaining) for row in running)
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
+        rows = running.total(
+            ("whole", memory.page_size), lambda row: memory.pages(row.held + row.remaining)
+        )
         own = memory.pages(candidate.num_tokens + candidate.max_output) * candidate.num_samples
         return rows + own <= memory.total_pages
 
@@ -114,8 +151,10 @@ class ReserveMax(StatelessAdmission):
 class ReserveRemaining(StatelessAdmission):
     """What is left to run of everyone must fit into what is available (sgl-project/mini-sglang)."""
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool:
-        growth = sum(_growth_pages(row, row.remaining, memory) for row in running)
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
+        growth = running.total(
+            ("remaining", memory.page_size), lambda row: _growth_pages(row, row.remaining, memory)
+        )
         own = candidate.cost_pages + _sample_growth(candidate, candidate.max_output, memory)
         return own + growth <= memory.available_pages
 
@@ -123,7 +162,7 @@ class ReserveRemaining(StatelessAdmission):
 class ReservePrompt(StatelessAdmission):
     """The prompt must fit above a watermark; rows that grow may preempt (microsoft/vidur)."""
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool:
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
         # One token each beyond the prompt: without it a row could be admitted and never step.
         need = candidate.cost_pages + _sample_growth(candidate, 1, memory)
         return memory.available_pages - need >= memory.watermark_pages
@@ -145,8 +184,11 @@ class Ratio:
         self.rho = self.start
         self._fall = self.start * (1 - self.floor) / self.decay_steps
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool:
-        growth = sum(_growth_pages(row, self._reserve(row.remaining), memory) for row in running)
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
+        growth = running.total(
+            ("reserve", self.rho, memory.page_size),
+            lambda row: _growth_pages(row, self._reserve(row.remaining), memory),
+        )
         own = candidate.cost_pages
         own += _sample_growth(candidate, max(1, self._reserve(candidate.max_output)), memory)
         return own + growth <= memory.available_pages
@@ -154,7 +196,7 @@ class Ratio:
     def ticked(self, steps: int) -> None:
         self.rho = max(self.start * self.floor, self.rho - self._fall * steps)
 
-    def retracted(self, running: Sequence[Running]) -> None:
+    def retracted(self, running: RunningRows) -> None:
         decoded = sum(row.made for row in running)
         most = sum(row.made + row.remaining for row in running)
         self.rho = min(1.0, (decoded + 20 * len(running)) / (most + 1))
@@ -170,7 +212,7 @@ class Peak(StatelessAdmission):
     grown by that much. With true lengths there are no preemptions.
     """
 
-    def admits(self, candidate: Candidate, running: Sequence[Running], memory: Memory) -> bool:
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
         rows = [(row.held, row.remaining) for row in running]
         # The prefill yields one token: it is held, and one less remains.
         start = (candidate.num_tokens + 1, candidate.max_output - 1)

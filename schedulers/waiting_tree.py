@@ -10,10 +10,13 @@ requests whose prompts part ways with the cache inside one run, or right behind 
 match: they are that node's *group*. A node's members are the ranks of the requests that end in it
 and the least rank below each child of which nothing is cached. The group of a node is then what
 its members lead to, its match is `start + cached`, and groups are sorted by that.
+
+Requests wait in *lanes*, one per client for orders that ask client by client. A node keeps members
+for each lane that has some; a change of the cache costs by the lanes it concerns.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 from sortedcontainers import SortedDict, SortedList
@@ -30,23 +33,42 @@ OnMatch = Callable[[list[Rank], int], None]
 """Told whose match a change of the cache has changed, and what it is now, in pages."""
 
 
+NO_LANES: Final[frozenset[str]] = frozenset()
+
+
 def longest_match(match: int, least: Rank) -> tuple[Any, ...]:
     """Longest match first, then by rank."""
     return (-match, *least)
 
 
-class _Node:
-    """See the module docstring. `fresh` maps the least rank of each uncached child to it;
+class _Lane:
+    """One lane's members of a node. `fresh` maps the least rank of each uncached child to it;
     `posted` is the least rank that the index or the parent knows."""
 
-    __slots__ = ("cached", "children", "fresh", "members", "parent", "posted", "run", "start")
+    __slots__ = ("fresh", "members", "posted")
+
+    def __init__(self) -> None:
+        self.fresh: dict[Rank, _Node] = {}
+        self.members: SortedList = SortedList()
+        self.posted: Rank | None = None
+
+
+class _Node:
+    """See the module docstring."""
+
+    __slots__ = ("cached", "children", "lanes", "parent", "run", "start")
 
     def __init__(self, parent: "_Node | None", run: tuple[bytes, ...], start: int, cached: int):
         self.parent, self.run, self.start, self.cached = parent, run, start, cached
         self.children: dict[bytes, _Node] = {}
-        self.fresh: dict[Rank, _Node] = {}
-        self.members: SortedList = SortedList()
-        self.posted: Rank | None = None
+        self.lanes: dict[str, _Lane] = {}
+
+    def lane(self, name: str) -> _Lane:
+        """The lane, made if need be."""
+        found = self.lanes.get(name)
+        if found is None:
+            found = self.lanes[name] = _Lane()
+        return found
 
 
 class WaitingTree:
@@ -60,43 +82,43 @@ class WaitingTree:
         self._group_key = group_key
         self._on_match = on_match
         self._root: Final = _Node(None, (), 0, 0)
-        self._node_of: dict[Rank, _Node] = {}
-        self._groups: SortedDict = SortedDict()  # key -> node
+        self._place_of: dict[Rank, tuple[_Node, str]] = {}
+        self._groups: dict[str, SortedDict] = {}  # lane -> key -> node
         self._at: dict[bytes, _Node] = {}  # cached keys on waiting paths
 
     def __len__(self) -> int:
-        return len(self._node_of)
+        return len(self._place_of)
 
-    def add(self, rank: Rank, keys: Sequence[bytes], num_cached: int) -> None:
-        """Let a request wait; `num_cached` of `keys` are cached."""
+    def add(self, rank: Rank, keys: Sequence[bytes], num_cached: int, *, lane: str = "") -> None:
+        """Let a request wait; `num_cached` of `keys` are cached. No two ranks are equal."""
         node = self._descend(tuple(keys), num_cached)
-        node.members.add(rank)
-        self._node_of[rank] = node
-        self._post(node)
+        node.lane(lane).members.add(rank)
+        self._place_of[rank] = node, lane
+        self._post(node, lane)
 
     def remove(self, rank: Rank) -> None:
         """Take a request out."""
-        node = self._node_of.pop(rank)
-        node.members.remove(rank)
-        self._post(node)
-        while not node.members and not node.children and node.parent is not None:
+        node, lane = self._place_of.pop(rank)
+        node.lanes[lane].members.remove(rank)
+        self._post(node, lane)
+        while not node.lanes and not node.children and node.parent is not None:
             self._unlink(node)
             node = node.parent
 
-    def first(self) -> Rank | None:
-        """Who stands first."""
-        if not self._groups:
+    def first(self, lane: str = "") -> Rank | None:
+        """Who stands first in a lane."""
+        groups = self._groups.get(lane)
+        if not groups:
             return None
-        node = self._groups.peekitem(0)[1]
-        return node.members[0]
+        return groups.peekitem(0)[1].lanes[lane].posted
 
     def match(self, rank: Rank) -> int:
         """Pages of the request's prompt that are cached."""
-        return _match(self._node_of[rank])
+        return _match(self._place_of[rank][0])
 
-    def __iter__(self) -> Iterator[Rank]:
-        """All, the first one first. A change ends the iteration: ask anew."""
-        groups = iter(self._groups.items())
+    def ranks(self, lane: str = "") -> Iterator[Rank]:
+        """A lane, the first one first. A change ends the iteration: ask anew."""
+        groups = iter(self._groups.get(lane, {}).items())
         upcoming = next(groups, None)
         # (key, tie-break, rank, match, the rest of the group)
         heap: list[Any] = []
@@ -105,7 +127,7 @@ class WaitingTree:
             while upcoming is not None and (not heap or upcoming[0] <= heap[0][0]):
                 key, node = upcoming
                 num_groups += 1
-                rest = _members(node)
+                rest = _members(node, lane)
                 heapq.heappush(heap, (key, num_groups, next(rest), node.start + node.cached, rest))
                 upcoming = next(groups, None)
             _, number, rank, match, rest = heapq.heappop(heap)
@@ -117,8 +139,8 @@ class WaitingTree:
 
     # ------------------------------------------------------------------------------ the cache
 
-    def on(self, change: Stored | Removed | Cleared) -> bool:
-        """Take note of a change of the cache; whether it concerns anybody here."""
+    def on(self, change: Stored | Removed | Cleared) -> Collection[str]:
+        """Take note of a change of the cache; the lanes it concerns."""
         match change:
             case Stored(parent_key=parent_key, keys=keys):
                 return self._stored(parent_key, keys)
@@ -127,9 +149,9 @@ class WaitingTree:
             case Cleared():
                 return self._cleared()
 
-    def _stored(self, parent_key: bytes, keys: Sequence[bytes]) -> bool:
+    def _stored(self, parent_key: bytes, keys: Sequence[bytes]) -> Collection[str]:
         node = self._root if parent_key == NO_PARENT else self._at.get(parent_key)
-        place = 0
+        place, lanes = 0, NO_LANES
         while node is not None and place < len(keys):
             if node.cached == len(node.run):
                 node = node.children.get(keys[place])
@@ -140,40 +162,46 @@ class WaitingTree:
                 taken += 1
             if not taken:
                 break
-            self._set_cached(node, node.cached + taken)
+            lanes = lanes | self._set_cached(node, node.cached + taken)
             place += taken
-        return place > 0
+        return lanes
 
-    def _removed(self, keys: Sequence[bytes]) -> bool:
+    def _removed(self, keys: Sequence[bytes]) -> Collection[str]:
         # Children come before parents, so that the last key of a run to go says what is left of it.
         left: dict[_Node, int] = {}
         for key in keys:
             node = self._at.get(key)
             if node is not None:
                 left[node] = node.run.index(key)
+        lanes = NO_LANES
         for node, cached in left.items():
-            self._set_cached(node, cached)
-        return bool(left)
+            lanes = lanes | self._set_cached(node, cached)
+        return lanes
 
-    def _cleared(self) -> bool:
-        known = bool(self._at)
+    def _cleared(self) -> Collection[str]:
+        lanes = NO_LANES
         # Deepest first, as evictions come.
-        nodes = sorted(set(self._at.values()), key=lambda node: -node.start)
-        for node in nodes:
-            self._set_cached(node, 0)
-        return known
+        for node in sorted(set(self._at.values()), key=lambda node: -node.start):
+            lanes = lanes | self._set_cached(node, 0)
+        return lanes
 
-    def _set_cached(self, node: _Node, cached: int) -> None:
+    def _set_cached(self, node: _Node, cached: int) -> frozenset[str]:
+        """The lanes whose requests have another match now."""
         for key in node.run[cached : node.cached]:
             del self._at[key]
         self._at.update(dict.fromkeys(node.run[node.cached : cached], node))
-        self._withdraw(node)
+        lanes = frozenset(node.lanes)
+        for lane in lanes:
+            self._withdraw(node, lane)
         node.cached = cached
-        self._post(node)
-        if node.parent is not None:
-            self._post(node.parent)  # which may just have lost a member
+        for lane in lanes:
+            self._post(node, lane)
+            if node.parent is not None:
+                self._post(node.parent, lane)  # which may just have lost a member
         if self._on_match is not None:
-            self._on_match(_group(node), _match(node))
+            for lane in lanes:
+                self._on_match(_group(node, lane), _match(node))
+        return lanes
 
     # ------------------------------------------------------------------------------- the tree
 
@@ -199,14 +227,16 @@ class WaitingTree:
         """Cut a run in two; the new node is the upper one."""
         parent = lower.parent
         assert parent is not None
-        self._withdraw(lower)
+        for lane in lower.lanes:
+            self._withdraw(lower, lane)
         upper = _Node(parent, lower.run[:length], lower.start, min(lower.cached, length))
         parent.children[upper.run[0]] = upper
         upper.children[lower.run[length]] = lower
         lower.parent, lower.run = upper, lower.run[length:]
         lower.start, lower.cached = lower.start + length, max(0, lower.cached - length)
         self._at.update(dict.fromkeys(upper.run[: upper.cached], upper))
-        self._post(lower)
+        for lane in lower.lanes:
+            self._post(lower, lane)
         return upper
 
     def _unlink(self, node: _Node) -> None:
@@ -217,40 +247,48 @@ class WaitingTree:
 
     # ----------------------------------------------------------------------------- the groups
 
-    def _post(self, node: _Node) -> None:
-        """Show the node's least rank where it is looked for: in the index, or to its parent."""
+    def _post(self, node: _Node, name: str) -> None:
+        """Show the lane's least rank where it is looked for: in the index, or to the parent."""
         while True:
-            least = _least(node)
-            if least == node.posted:
+            lane = node.lanes.get(name)
+            if lane is None:
                 return
-            self._withdraw(node)
-            node.posted = least
+            members: Any = lane.members  # whose types do not say what they hold
+            least = members[0] if members else None
+            if least == lane.posted and least is not None:
+                return
+            self._withdraw(node, name)
+            if least is None:
+                del node.lanes[name]
+            lane.posted = least
             parent = node.parent
             if node.cached or parent is None:
                 if least is not None:
-                    self._groups[self._group_key(node.start + node.cached, least)] = node
+                    groups = self._groups.setdefault(name, SortedDict())
+                    groups[self._group_key(node.start + node.cached, least)] = node
                 return
             if least is not None:
-                parent.fresh[least] = node
-                parent.members.add(least)
+                above = parent.lane(name)
+                above.fresh[least] = node
+                above.members.add(least)
             node = parent
 
-    def _withdraw(self, node: _Node) -> None:
+    def _withdraw(self, node: _Node, name: str) -> None:
         """Undo what `_post` did; whoever calls it posts again, and so the nodes above."""
-        least, parent = node.posted, node.parent
+        lane, parent = node.lanes[name], node.parent
+        least = lane.posted
         if least is None:
             return
-        node.posted = None
+        lane.posted = None
         if node.cached or parent is None:
-            del self._groups[self._group_key(node.start + node.cached, least)]
+            groups = self._groups[name]
+            del groups[self._group_key(node.start + node.cached, least)]
+            if not groups:
+                del self._groups[name]
         else:
-            del parent.fresh[least]
-            parent.members.remove(least)
-
-
-def _least(node: _Node) -> Rank | None:
-    members: Any = node.members  # whose types do not say what they hold
-    return members[0] if members else None
+            above = parent.lanes[name]
+            del above.fresh[least]
+            above.members.remove(least)
 
 
 def _match(node: _Node) -> int:
@@ -261,39 +299,38 @@ def _match(node: _Node) -> int:
     return above.start + above.cached
 
 
-def _group(node: _Node) -> list[Rank]:
-    """The ranks that `node`'s members lead to, in no order."""
+def _group(node: _Node, name: str) -> list[Rank]:
+    """The ranks that a lane's members of `node` lead to, in no order."""
     ranks: list[Rank] = []
-    nodes = [node]
-    while nodes:
-        node = nodes.pop()
-        for rank in node.members:
-            child = node.fresh.get(rank)
+    lanes = [node.lanes[name]] if name in node.lanes else []
+    while lanes:
+        lane = lanes.pop()
+        for rank in lane.members:
+            child = lane.fresh.get(rank)
             if child is None:
                 ranks.append(rank)
             else:
-                nodes.append(child)
+                lanes.append(child.lanes[name])
     return ranks
 
 
-def _members(node: _Node) -> Iterator[Rank]:
-    """The ranks of a group, least first."""
-    if not node.members:
-        return
-    # (rank, tie-break, node, place among the node's members)
-    heap: list[Any] = [(node.members[0], 0, node, 0)]
+def _members(node: _Node, name: str) -> Iterator[Rank]:
+    """The ranks of a lane's group, least first."""
+    lane = node.lanes[name]
+    # (rank, tie-break, lane, place among the lane's members)
+    heap: list[Any] = [(lane.members[0], 0, lane, 0)]
     num_pushed = 0
     while heap:
-        rank, _, node, place = heapq.heappop(heap)
-        child = node.fresh.get(rank)
+        rank, _, lane, place = heapq.heappop(heap)
+        child = lane.fresh.get(rank)
         if child is None:
             yield rank
         else:
             num_pushed += 1
-            heapq.heappush(heap, (rank, num_pushed, child, 0))
-        if place + 1 < len(node.members):
+            heapq.heappush(heap, (rank, num_pushed, child.lanes[name], 0))
+        if place + 1 < len(lane.members):
             num_pushed += 1
-            heapq.heappush(heap, (node.members[place + 1], num_pushed, node, place + 1))
+            heapq.heappush(heap, (lane.members[place + 1], num_pushed, lane, place + 1))
 
 
 def _num_common(run: tuple[bytes, ...], keys: tuple[bytes, ...], place: int) -> int:

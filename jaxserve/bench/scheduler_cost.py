@@ -1,8 +1,9 @@
 """What a scheduling cycle costs on the host, by order and length of the queue, without a device.
 
-A cycle is what the dispatch thread does for one slice: it takes in arrivals, plans, leases, packs the
-plan, and takes in the result. The order's share is the time inside its own methods: its events, its
-plan, the cache changes it hears of. Results come from the scripted executor, outside of the clock.
+A cycle is what the dispatch thread does for one slice: it takes in arrivals, plans, leases, packs
+the plan, and takes in the result. The order's share is the time inside its own methods: its events,
+its plan, the cache changes it hears of. Results come from the scripted executor, outside of the
+clock.
 
 Half of every prompt is shared by all requests. Every so often that prefix is evicted and inserted
 again, as far as the order knows: the change that touches everybody who waits.

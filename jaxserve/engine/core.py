@@ -25,7 +25,7 @@ from jaxserve.request import (
     TokenLogprob,
     check_request,
 )
-from jaxserve.schedulers.admission import ADMISSIONS, Candidate
+from jaxserve.schedulers.admission import ADMISSIONS, Candidate, RunningRows
 from jaxserve.schedulers.catalog import make_order
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
@@ -346,7 +346,7 @@ class EngineCore:
             num_samples=request.params.n,
         )
         memory = self._planner.memory(self.pool.num_pages, self.slicing.max_steps)
-        if not self.admission.admits(candidate, (), memory):
+        if not self.admission.admits(candidate, RunningRows(), memory):
             got = f"{request.prompt.size} tokens, {request.params.n} x {max_output} to make"
             tokens = self.pool.num_pages * self.pool.page_size
             allowed = (

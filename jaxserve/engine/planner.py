@@ -12,7 +12,13 @@ from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import EngineStatistics
-from jaxserve.schedulers.admission import Admission, Candidate, Memory, Running
+from jaxserve.schedulers.admission import (
+    Admission,
+    Candidate,
+    Memory,
+    Running,
+    RunningRows,
+)
 from jaxserve.schedulers.events import Admit, Enact, Tick
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import Forked, Granted, OutOfPages, PagePool
@@ -329,9 +335,9 @@ class Planner:
             budget -= max(size, self._config.tile)
             self._note_admission(job, now_s)
 
-    def running_rows(self) -> list[Running]:
+    def running_rows(self) -> RunningRows:
         """Every row that holds a lease, as admission rules see it."""
-        return [
+        return RunningRows(
             Running(
                 held=row.length + row.ahead,
                 leased_pages=len(row.lease.pages),
@@ -340,12 +346,12 @@ class Planner:
             )
             for row in self._running()
             if row.lease is not None
-        ]
+        )
 
     def _queued_prefill(self) -> int:
         return sum(row.length - row.computed for row in self._prefilling())
 
-    def _try_admit(self, job: Job, running: list[Running], steps: int) -> int | None:
+    def _try_admit(self, job: Job, running: RunningRows, steps: int) -> int | None:
         """Lease and seat a job: prompt tokens left to run, or None when it does not fit."""
         rows = job.sequences
         fresh = len(rows) > 1 and not any(row.made for row in rows) and job.request.prompt.size > 1
@@ -373,11 +379,9 @@ class Planner:
             row.computed = granted.lease.num_shared * size
             left += row.length - row.computed
         self._seat(job, leaders, fresh, left)
-        running += [
-            Running(row.length, len(row.lease.pages), row.remaining)
-            for row in leaders
-            if row.lease is not None
-        ]
+        for row in leaders:
+            if row.lease is not None:
+                running.append(Running(row.length, len(row.lease.pages), row.remaining))
         return left
 
     def _unseat(self, rows: list[Sequence]) -> None:

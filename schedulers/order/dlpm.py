@@ -66,7 +66,6 @@ class _Client:
     credit: float
     last_seen_s: float
     held: float = 0.0
-    tree: WaitingTree = field(default_factory=WaitingTree)
     since: SortedDict = field(default_factory=SortedDict)
     num_running: int = 0
     key: tuple[Any, ...] | None = None
@@ -95,6 +94,7 @@ class Dlpm:
             Prices(known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted")
         )
         self._clients: dict[str, _Client] = {}
+        self._tree = WaitingTree()  # a lane per client
         self._ready: SortedDict = SortedDict()  # key -> client, of those with credit and a queue
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
@@ -117,9 +117,8 @@ class Dlpm:
             case Tick(now_s=now_s):
                 self._tick(now_s)
             case Stored() | Removed() | Cleared():
-                for client in self._clients.values():
-                    if client.tree.on(event):
-                        self._place(client)
+                for name in self._tree.on(event):
+                    self._place(self._clients[name])
             case _:
                 pass
 
@@ -132,7 +131,7 @@ class Dlpm:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
         others = (client for client in self._clients.values() if client.key is None)
         for client in chain(self._ready.values(), others):
-            yield from (rank[-1] for rank in client.tree)
+            yield from (rank[-1] for rank in self._tree.ranks(client.name))
 
     def running(self) -> list[RequestNumber]:
         """Most credit in front, so that the most overdrawn client gives way first."""
@@ -181,13 +180,13 @@ class Dlpm:
         self._queue(client, event, event.num_cached)
 
     def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:
-        client.tree.add((event.number,), event.page_keys, num_cached)
+        self._tree.add((event.number,), event.page_keys, num_cached, lane=client.name)
         client.since[event.number] = event.arrived_s
         self._place(client)
 
     def _admit(self, number: RequestNumber, extend: int) -> None:
         client = self._clients[self._arrivals[number].client]
-        client.tree.remove((number,))
+        self._tree.remove((number,))
         del client.since[number]
         client.num_running += 1
         self._running[number] = client
@@ -205,7 +204,7 @@ class Dlpm:
             client = self._stop(number)
         else:
             client = self._clients[self._arrivals[number].client]
-            client.tree.remove((number,))
+            self._tree.remove((number,))
             del client.since[number]
             self._place(client)
         client.last_seen_s = self._now_s
@@ -234,7 +233,7 @@ class Dlpm:
             number, since_s = oldest
             if self._now_s - since_s > limit_s:
                 return number
-        first = client.tree.first()
+        first = self._tree.first(client.name)
         assert first is not None
         return first[-1]
 
@@ -243,7 +242,7 @@ class Dlpm:
         key = None
         if client.since and client.free_credit > 0:
             rank = (self._candidate(client),)
-            key = longest_match(client.tree.match(rank), rank)
+            key = longest_match(self._tree.match(rank), rank)
         if key != client.key:
             if client.key is not None:
                 del self._ready[client.key]

@@ -54,7 +54,7 @@ class PrefixOrder:
         return None if rank is None else rank[-1]
 
     def waiting(self) -> Iterator[RequestNumber]:
-        for rank in self._tree:
+        for rank in self._tree.ranks():
             yield rank[-1]
 
     def running(self) -> list[RequestNumber]:

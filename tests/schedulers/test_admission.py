@@ -12,6 +12,7 @@ from jaxserve.schedulers.admission import (
     Peak,
     Ratio,
     Running,
+    RunningRows,
     SliceLease,
     peak_pages,
 )
@@ -51,8 +52,8 @@ def test_peak_worked_example() -> None:
 def test_peak_admits_up_to_the_pool() -> None:
     running = [Running(10, 10, 4), Running(6, 6, 2)]
     new = Candidate(num_tokens=2, cost_pages=2, max_output=8, num_samples=1)  # 3 used, 7 remain
-    assert Peak().admits(new, running, memory(total=25))
-    assert not Peak().admits(new, running, memory(total=24))
+    assert Peak().admits(new, RunningRows(running), memory(total=25))
+    assert not Peak().admits(new, RunningRows(running), memory(total=24))
 
 
 @given(
@@ -68,8 +69,8 @@ def test_peak_equals_step_by_step_simulation(rows, page_size: int) -> None:
 
 @pytest.mark.parametrize("name", ADMISSIONS)
 def test_an_empty_pool_admits_what_fits_and_a_small_one_does_not(name: str) -> None:
-    assert ADMISSIONS[name]().admits(candidate(10, output=5), (), memory(total=100))
-    assert not ADMISSIONS[name]().admits(candidate(101, output=5), (), memory(total=100))
+    assert ADMISSIONS[name]().admits(candidate(10, output=5), RunningRows(), memory(total=100))
+    assert not ADMISSIONS[name]().admits(candidate(101, output=5), RunningRows(), memory(total=100))
 
 
 @pytest.mark.parametrize("name", ADMISSIONS)
@@ -85,24 +86,26 @@ def test_more_memory_never_refuses_what_less_admits(name: str, data) -> None:
     small = memory(total=total, available=total - leased, page_size=8)
     large = memory(total=total + 5, available=total + 5 - leased, page_size=8)
     rule = ADMISSIONS[name]()
-    if rule.admits(new, running, small):
-        assert rule.admits(new, running, large)
+    if rule.admits(new, RunningRows(running), small):
+        assert rule.admits(new, RunningRows(running), large)
 
 
 def test_slice_lease_counts_two_slices_ahead_for_everyone() -> None:
     running = [Running(held=8, leased_pages=1, remaining=100)]  # 16 more tokens: 2 more pages
     new = candidate(8, output=100, page_size=8)  # its page, and 2 more ahead
     exact = memory(total=6, available=5, page_size=8, steps=8)
-    assert SliceLease().admits(new, running, exact)
-    assert not SliceLease().admits(new, running, memory(total=6, available=4, page_size=8, steps=8))
+    assert SliceLease().admits(new, RunningRows(running), exact)
+    assert not SliceLease().admits(
+        new, RunningRows(running), memory(total=6, available=4, page_size=8, steps=8)
+    )
 
 
 def test_samples_share_whole_prompt_pages_only() -> None:
     # 12 tokens on pages of 8: one whole page shared, each sample its own partial page; 4 + 4
     # tokens ahead fill that page, so 1 + 3 pages in all.
     three = candidate(12, output=4, page_size=8, samples=3)
-    assert SliceLease().admits(three, (), memory(total=4, page_size=8, steps=4))
-    assert not SliceLease().admits(three, (), memory(total=3, page_size=8, steps=4))
+    assert SliceLease().admits(three, RunningRows(), memory(total=4, page_size=8, steps=4))
+    assert not SliceLease().admits(three, RunningRows(), memory(total=3, page_size=8, steps=4))
 
 
 def test_ratio_falls_with_steps_and_rises_after_a_retraction() -> None:
@@ -111,7 +114,7 @@ def test_ratio_falls_with_steps_and_rises_after_a_retraction() -> None:
     assert rule.rho == pytest.approx(0.7 * 0.14)
     rule.ticked(600)
     assert rule.rho == pytest.approx(0.7 * 0.14)
-    rule.retracted([Running(50, 1, 70, made=30), Running(12, 1, 90, made=10)])
+    rule.retracted(RunningRows([Running(50, 1, 70, made=30), Running(12, 1, 90, made=10)]))
     assert rule.rho == pytest.approx((40 + 2 * 20) / (200 + 1))
 
 
@@ -124,7 +127,7 @@ def test_rules_are_deterministic() -> None:
     for name in ADMISSIONS:
         first, second = (
             [
-                ADMISSIONS[name]().admits(candidate(t, output=o), (), memory(total=m))
+                ADMISSIONS[name]().admits(candidate(t, output=o), RunningRows(), memory(total=m))
                 for t, o, m in cases
             ]
             for _ in range(2)

@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from jaxserve.schedulers.prefix_tree import NO_PARENT, Cleared, Removed, Stored
 from jaxserve.schedulers.waiting_tree import WaitingTree, longest_match
 
+LANES = ("p", "q")
 LETTERS = st.lists(st.sampled_from("ab"), max_size=5)
 
 
@@ -21,18 +22,31 @@ class WaitingPrompts(RuleBasedStateMachine):
         super().__init__()
         self.tree = WaitingTree()
         self.waiting: dict[tuple[int], tuple[bytes, ...]] = {}
+        self.lane: dict[tuple[int], str] = {}
         self.cached: set[bytes] = set()
         self.last = 0
 
     def match(self, keys: tuple[bytes, ...]) -> int:
         return sum(key in self.cached for key in keys)
 
-    @rule(letters=LETTERS)
-    def arrive(self, letters: list[str]) -> None:
+    @rule(letters=LETTERS, lane=st.sampled_from(LANES))
+    def arrive(self, letters: list[str], lane: str) -> None:
         self.last += 1
-        keys = key_chain(letters)
-        self.tree.add((self.last,), keys, self.match(keys))
-        self.waiting[(self.last,)] = keys
+        keys, rank = key_chain(letters), (self.last,)
+        self.tree.add(rank, keys, self.match(keys), lane=lane)
+        self.waiting[rank], self.lane[rank] = keys, lane
+
+    def told(self, change: Stored | Removed | Cleared, before: dict[tuple[int], int]) -> None:
+        """Tell the tree, and hold what it says to who has another match now."""
+        concerned = {
+            self.lane[rank]
+            for rank, keys in self.waiting.items()
+            if self.match(keys) != before[rank]
+        }
+        assert concerned <= set(self.tree.on(change))
+
+    def matches(self) -> dict[tuple[int], int]:
+        return {rank: self.match(keys) for rank, keys in self.waiting.items()}
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -46,31 +60,34 @@ class WaitingPrompts(RuleBasedStateMachine):
         keys = key_chain(letters)
         known = self.match(keys)
         if known < len(keys):
-            parent = keys[known - 1] if known else NO_PARENT
+            parent, before = keys[known - 1] if known else NO_PARENT, self.matches()
             self.cached.update(keys)
-            self.tree.on(Stored(1, parent, keys[known:]))
+            self.told(Stored(1, parent, keys[known:]), before)
 
     @precondition(lambda self: self.cached)
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         top = data.draw(st.sampled_from(sorted(self.cached)))
         gone = sorted((key for key in self.cached if key.startswith(top)), key=len, reverse=True)
+        before = self.matches()
         self.cached.difference_update(gone)
-        self.tree.on(Removed(1, tuple(gone)))
+        self.told(Removed(1, tuple(gone)), before)
 
     @rule()
     def clear(self) -> None:
+        before = self.matches()
         self.cached.clear()
-        self.tree.on(Cleared(1))
+        self.told(Cleared(1), before)
 
     @invariant()
     def the_tree_is_the_list_sorted(self) -> None:
-        wanted = sorted(
-            self.waiting, key=lambda rank: longest_match(self.match(self.waiting[rank]), rank)
-        )
-        assert list(self.tree) == wanted
-        assert len(self.tree) == len(wanted)
-        assert self.tree.first() == (wanted[0] if wanted else None)
+        match = self.matches()
+        for lane in LANES:
+            ranks = [rank for rank in self.waiting if self.lane[rank] == lane]
+            wanted = sorted(ranks, key=lambda rank: longest_match(match[rank], rank))
+            assert list(self.tree.ranks(lane)) == wanted
+            assert self.tree.first(lane) == (wanted[0] if wanted else None)
+        assert len(self.tree) == len(self.waiting)
         for rank, keys in self.waiting.items():
             assert self.tree.match(rank) == self.match(keys)
 
