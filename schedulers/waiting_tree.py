@@ -35,16 +35,16 @@ def longest_match(match: int, least: Rank) -> tuple[Any, ...]:
     return (-match, *least)
 
 
-class _Node:
+class Node:
     """See the module docstring. `fresh` maps the least rank of each uncached child to it;
     `posted` is the least rank that the index or the parent knows."""
 
     __slots__ = ("cached", "children", "fresh", "members", "parent", "posted", "run", "start")
 
-    def __init__(self, parent: "_Node | None", run: tuple[bytes, ...], start: int, cached: int):
+    def __init__(self, parent: "Node | None", run: tuple[bytes, ...], start: int, cached: int):
         self.parent, self.run, self.start, self.cached = parent, run, start, cached
-        self.children: dict[bytes, _Node] = {}
-        self.fresh: dict[Rank, _Node] = {}
+        self.children: dict[bytes, Node] = {}
+        self.fresh: dict[Rank, Node] = {}
         self.members: SortedList = SortedList()
         self.posted: Rank | None = None
 
@@ -59,10 +59,10 @@ class WaitingTree:
     def __init__(self, group_key: GroupKey = longest_match, *, on_match: OnMatch | None = None):
         self._group_key = group_key
         self._on_match = on_match
-        self._root: Final = _Node(None, (), 0, 0)
-        self._node_of: dict[Rank, _Node] = {}
+        self._root: Final = Node(None, (), 0, 0)
+        self._node_of: dict[Rank, Node] = {}
         self._groups: SortedDict = SortedDict()  # key -> node
-        self._at: dict[bytes, _Node] = {}  # cached keys on waiting paths
+        self._at: dict[bytes, Node] = {}  # cached keys on waiting paths
 
     def __len__(self) -> int:
         return len(self._node_of)
@@ -105,7 +105,7 @@ class WaitingTree:
             while upcoming is not None and (not heap or upcoming[0] <= heap[0][0]):
                 key, node = upcoming
                 num_groups += 1
-                rest = _members(node)
+                rest = members_of(node)
                 heapq.heappush(heap, (key, num_groups, next(rest), node.start + node.cached, rest))
                 upcoming = next(groups, None)
             _, number, rank, match, rest = heapq.heappop(heap)
@@ -146,7 +146,7 @@ class WaitingTree:
 
     def _removed(self, keys: Sequence[bytes]) -> bool:
         # Children come before parents, so that the last key of a run to go says what is left of it.
-        left: dict[_Node, int] = {}
+        left: dict[Node, int] = {}
         for key in keys:
             node = self._at.get(key)
             if node is not None:
@@ -163,7 +163,7 @@ class WaitingTree:
             self._set_cached(node, 0)
         return known
 
-    def _set_cached(self, node: _Node, cached: int) -> None:
+    def _set_cached(self, node: Node, cached: int) -> None:
         for key in node.run[cached : node.cached]:
             del self._at[key]
         self._at.update(dict.fromkeys(node.run[node.cached : cached], node))
@@ -177,7 +177,7 @@ class WaitingTree:
 
     # ------------------------------------------------------------------------------- the tree
 
-    def _descend(self, keys: tuple[bytes, ...], num_cached: int) -> _Node:
+    def _descend(self, keys: tuple[bytes, ...], num_cached: int) -> Node:
         """The node where `keys` end, made if need be."""
         node, place = self._root, 0
         while place < len(keys):
@@ -189,18 +189,18 @@ class WaitingTree:
             place += common
         return node
 
-    def _grow(self, parent: _Node, run: tuple[bytes, ...], cached: int) -> _Node:
-        node = _Node(parent, run, parent.start + len(parent.run), min(cached, len(run)))
+    def _grow(self, parent: Node, run: tuple[bytes, ...], cached: int) -> Node:
+        node = Node(parent, run, parent.start + len(parent.run), min(cached, len(run)))
         parent.children[run[0]] = node
         self._at.update(dict.fromkeys(run[: node.cached], node))
         return node
 
-    def _split(self, lower: _Node, length: int) -> _Node:
+    def _split(self, lower: Node, length: int) -> Node:
         """Cut a run in two; the new node is the upper one."""
         parent = lower.parent
         assert parent is not None
         self._withdraw(lower)
-        upper = _Node(parent, lower.run[:length], lower.start, min(lower.cached, length))
+        upper = Node(parent, lower.run[:length], lower.start, min(lower.cached, length))
         parent.children[upper.run[0]] = upper
         upper.children[lower.run[length]] = lower
         lower.parent, lower.run = upper, lower.run[length:]
@@ -209,7 +209,7 @@ class WaitingTree:
         self._post(lower)
         return upper
 
-    def _unlink(self, node: _Node) -> None:
+    def _unlink(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.run[0]]
         for key in node.run[: node.cached]:
@@ -217,7 +217,7 @@ class WaitingTree:
 
     # ----------------------------------------------------------------------------- the groups
 
-    def _post(self, node: _Node) -> None:
+    def _post(self, node: Node) -> None:
         """Show the node's least rank where it is looked for: in the index, or to its parent."""
         while True:
             least = _least(node)
@@ -235,7 +235,7 @@ class WaitingTree:
                 parent.members.add(least)
             node = parent
 
-    def _withdraw(self, node: _Node) -> None:
+    def _withdraw(self, node: Node) -> None:
         """Undo what `_post` did; whoever calls it posts again, and so the nodes above."""
         least, parent = node.posted, node.parent
         if least is None:
@@ -248,12 +248,12 @@ class WaitingTree:
             parent.members.remove(least)
 
 
-def _least(node: _Node) -> Rank | None:
+def _least(node: Node) -> Rank | None:
     members: Any = node.members  # whose types do not say what they hold
     return members[0] if members else None
 
 
-def _match(node: _Node) -> int:
+def _match(node: Node) -> int:
     """Cached pages of the prompts that end in `node` or are in its group."""
     above = node
     while not above.cached and above.parent is not None:
@@ -261,7 +261,7 @@ def _match(node: _Node) -> int:
     return above.start + above.cached
 
 
-def _group(node: _Node) -> list[Rank]:
+def _group(node: Node) -> list[Rank]:
     """The ranks that `node`'s members lead to, in no order."""
     ranks: list[Rank] = []
     nodes = [node]
@@ -276,7 +276,7 @@ def _group(node: _Node) -> list[Rank]:
     return ranks
 
 
-def _members(node: _Node) -> Iterator[Rank]:
+def members_of(node: Node) -> Iterator[Rank]:
     """The ranks of a group, least first."""
     if not node.members:
         return
