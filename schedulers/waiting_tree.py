@@ -92,7 +92,10 @@ class WaitingTree:
 
     def match(self, rank: Rank) -> int:
         """Pages of the request's prompt that are cached."""
-        return _match(self._node_of[rank])
+        node = self._node_of[rank]
+        while not node.cached and node.parent is not None:
+            node = node.parent
+        return node.start + node.cached
 
     def __iter__(self) -> Iterator[Rank]:
         """All, the first one first. A change ends the iteration: ask anew."""
@@ -173,7 +176,8 @@ class WaitingTree:
         if node.parent is not None:
             self._post(node.parent)  # which may just have lost a member
         if self._on_match is not None:
-            self._on_match(_group(node), _match(node))
+            # Where nothing is left, all above is cached: children go before parents.
+            self._on_match(_group(node), node.start + node.cached)
 
     # ------------------------------------------------------------------------------- the tree
 
@@ -251,14 +255,6 @@ class WaitingTree:
 def _least(node: Node) -> Rank | None:
     members: Any = node.members  # whose types do not say what they hold
     return members[0] if members else None
-
-
-def _match(node: Node) -> int:
-    """Cached pages of the prompts that end in `node` or are in its group."""
-    above = node
-    while not above.cached and above.parent is not None:
-        above = above.parent
-    return above.start + above.cached
 
 
 def _group(node: Node) -> list[Rank]:

@@ -99,8 +99,7 @@ class WeightedTree(WaitingTree):
         upper = super()._split(lower, length)
         branch = self._branches[lower]
         self._branches[upper] = _Branch(branch.since, branch.num_waiting)
-        self._place(upper)
-        self._place(lower)
+        self._place(lower)  # `upper` is, when who forks the run is counted
         return upper
 
     def _unlink(self, node: Node) -> None:

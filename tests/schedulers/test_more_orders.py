@@ -76,6 +76,22 @@ def test_hrrn_lets_in_first_who_has_nothing_to_compute() -> None:
     assert order.next() == 1
 
 
+def test_an_eviction_of_many_pages_leaves_the_match_that_is_above_them() -> None:
+    order = Hrrn(page_size=PAGE)
+    keys = (b"a", b"ab", b"abc", b"abcd")
+    tell(order, arrive(1, tokens=20, page_keys=keys), arrive(2, tokens=20, page_keys=keys[:2]))
+    tell(order, arrive(3, tokens=40), Admit(3, 40), Enact(3, 40, 0), Stored(1, NO_PARENT, keys))
+    assert order.ratios() == {1: 1 + 40 / (20 - 4 * PAGE), 2: 1 + 40 / (20 - 2 * PAGE)}
+    order.on(Removed(2, keys[:0:-1]))
+    assert order.ratios() == {1: 1 + 40 / (20 - PAGE), 2: 1 + 40 / (20 - PAGE)}
+
+
+def test_who_came_after_the_last_tick_has_not_waited() -> None:
+    order = Larry(page_size=PAGE)
+    tell(order, Tick(1.0), arrive(1, 2.0), arrive(2, 3.0, tokens=90))
+    assert order.ratios() == {1: 1.0, 2: 1.0} and order.next() == 1
+
+
 def test_larry_on_the_token_clock_is_hrrn() -> None:
     larry = Larry(LarryParameters(clock="tokens"), page_size=PAGE)
     hrrn = Hrrn(page_size=PAGE)
@@ -216,6 +232,12 @@ def test_the_branch_that_most_wait_for_is_followed_to_its_end() -> None:
     assert list(order.waiting()) == [1, 2, 3, 7]
 
 
+def test_a_branch_that_forks_has_been_waited_for_as_long_as_before() -> None:
+    order = DfsWeight()
+    wait_for(order, {b"a", b"ab", b"b"}, "ab b b ac")
+    assert list(order.waiting()) == [1, 4, 2, 3]
+
+
 def test_dfs_weight_with_nothing_cached_is_fcfs_and_keeps_nothing_of_who_left() -> None:
     order = DfsWeight()
     wait_for(order, set(), "b ab abc ac c")
@@ -340,9 +362,11 @@ MOVES = st.lists(
             + ["admit", "admit", "preempt", "enact", "finish", "abort", "tick"]
             + ["store", "store", "evict", "clear"]
         ),
-        st.text("ab", max_size=5),
+        # Few ways, so that prompts share them and the cache holds what is waited for.
+        st.sampled_from(["", "a", "ab", "abc", "abcd", "abce", "ac", "aca", "b", "babab"]),
         st.integers(0, 12),
     ),
+    min_size=20,
     max_size=60,
 )
 
