@@ -58,7 +58,7 @@ class _Node:
 
     __slots__ = ("cached", "children", "lanes", "parent", "run", "start")
 
-    def __init__(self, parent: "_Node | None", run: tuple[bytes, ...], start: int, cached: int):
+    def __init__(self, parent: "Node | None", run: tuple[bytes, ...], start: int, cached: int):
         self.parent, self.run, self.start, self.cached = parent, run, start, cached
         self.children: dict[bytes, _Node] = {}
         self.lanes: dict[str, _Lane] = {}
@@ -168,7 +168,7 @@ class WaitingTree:
 
     def _removed(self, keys: Sequence[bytes]) -> Collection[str]:
         # Children come before parents, so that the last key of a run to go says what is left of it.
-        left: dict[_Node, int] = {}
+        left: dict[Node, int] = {}
         for key in keys:
             node = self._at.get(key)
             if node is not None:
@@ -205,7 +205,7 @@ class WaitingTree:
 
     # ------------------------------------------------------------------------------- the tree
 
-    def _descend(self, keys: tuple[bytes, ...], num_cached: int) -> _Node:
+    def _descend(self, keys: tuple[bytes, ...], num_cached: int) -> Node:
         """The node where `keys` end, made if need be."""
         node, place = self._root, 0
         while place < len(keys):
@@ -217,13 +217,13 @@ class WaitingTree:
             place += common
         return node
 
-    def _grow(self, parent: _Node, run: tuple[bytes, ...], cached: int) -> _Node:
-        node = _Node(parent, run, parent.start + len(parent.run), min(cached, len(run)))
+    def _grow(self, parent: Node, run: tuple[bytes, ...], cached: int) -> Node:
+        node = Node(parent, run, parent.start + len(parent.run), min(cached, len(run)))
         parent.children[run[0]] = node
         self._at.update(dict.fromkeys(run[: node.cached], node))
         return node
 
-    def _split(self, lower: _Node, length: int) -> _Node:
+    def _split(self, lower: Node, length: int) -> Node:
         """Cut a run in two; the new node is the upper one."""
         parent = lower.parent
         assert parent is not None
@@ -239,7 +239,7 @@ class WaitingTree:
             self._post(lower, lane)
         return upper
 
-    def _unlink(self, node: _Node) -> None:
+    def _unlink(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.run[0]]
         for key in node.run[: node.cached]:

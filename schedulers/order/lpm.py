@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
 from ..prefix_tree import Cleared, Removed, Stored
-from ..waiting_tree import GroupKey, Rank, WaitingTree, longest_match
+from ..waiting_tree import Rank, WaitingTree
 
 
 class PrefixOrder:
     """Base of orders by what of each prompt is cached; running requests stand by arrival.
 
-    `group_key` says how a match weighs against a rank, `rank` how requests with one match stand.
+    `tree` says how a match weighs against a rank, `rank` how requests with one match stand.
     """
 
-    def __init__(self, group_key: GroupKey):
-        self._tree = WaitingTree(group_key)
+    def __init__(self, tree: WaitingTree):
+        self._tree = tree
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, None] = {}
 
@@ -65,7 +65,7 @@ class Lpm(PrefixOrder):
     """Longest match first, ties by arrival. Starves whoever shares nothing with the others."""
 
     def __init__(self) -> None:
-        super().__init__(longest_match)
+        super().__init__(WaitingTree())
 
     def rank(self, event: Arrive) -> Rank:
         return (event.number,)

@@ -4,7 +4,7 @@ Source: sgl-project/sglang; papers.md 2.5.
 """
 
 from ..events import Arrive
-from ..waiting_tree import Rank
+from ..waiting_tree import Rank, WaitingTree
 from .lpm import PrefixOrder
 
 
@@ -16,7 +16,7 @@ class ShortestPrefillFirst(PrefixOrder):
             num_tokens, number = least
             return (num_tokens - match * page_size, number)
 
-        super().__init__(uncached)
+        super().__init__(WaitingTree(uncached))
 
     def rank(self, event: Arrive) -> Rank:
         return (event.num_prompt_tokens, event.number)

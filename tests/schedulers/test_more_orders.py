@@ -1,6 +1,7 @@
 """Orders by response ratio, class, deadline and shared prefixes: worked cases, and a plain sort of
 everybody beside each of them, whatever happens."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from jaxserve.schedulers.events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Tick
 from jaxserve.schedulers.order.base import Order
 from jaxserve.schedulers.order.deadline import Deadline
+from jaxserve.schedulers.order.dfs_weight import DfsWeight
 from jaxserve.schedulers.order.fcfs import Fcfs
 from jaxserve.schedulers.order.hrrn import Hrrn
 from jaxserve.schedulers.order.larry import Larry, LarryParameters
@@ -20,6 +22,7 @@ from jaxserve.schedulers.order.shortest_prefill_first import ShortestPrefillFirs
 from jaxserve.schedulers.parameters import read
 from jaxserve.schedulers.prefix_tree import NO_PARENT, Cleared, Removed, Stored
 from jaxserve.schedulers.toy_engine import PAGE, ToyEngine, Work
+from jaxserve.schedulers.weighted_tree import WeightedTree
 
 
 def arrive(number: int, arrived_s: float = 0.0, tokens: int = 10, **fields) -> Arrive:
@@ -71,6 +74,22 @@ def test_hrrn_lets_in_first_who_has_nothing_to_compute() -> None:
     assert order.next() == 2
     order.on(Removed(2, (b"x",)))
     assert order.next() == 1
+
+
+def test_an_eviction_of_many_pages_leaves_the_match_that_is_above_them() -> None:
+    order = Hrrn(page_size=PAGE)
+    keys = (b"a", b"ab", b"abc", b"abcd")
+    tell(order, arrive(1, tokens=20, page_keys=keys), arrive(2, tokens=20, page_keys=keys[:2]))
+    tell(order, arrive(3, tokens=40), Admit(3, 40), Enact(3, 40, 0), Stored(1, NO_PARENT, keys))
+    assert order.ratios() == {1: 1 + 40 / (20 - 4 * PAGE), 2: 1 + 40 / (20 - 2 * PAGE)}
+    order.on(Removed(2, keys[:0:-1]))
+    assert order.ratios() == {1: 1 + 40 / (20 - PAGE), 2: 1 + 40 / (20 - PAGE)}
+
+
+def test_who_came_after_the_last_tick_has_not_waited() -> None:
+    order = Larry(page_size=PAGE)
+    tell(order, Tick(1.0), arrive(1, 2.0), arrive(2, 3.0, tokens=90))
+    assert order.ratios() == {1: 1.0, 2: 1.0} and order.next() == 1
 
 
 def test_larry_on_the_token_clock_is_hrrn() -> None:
@@ -188,6 +207,46 @@ def test_parameters_out_of_range_are_refused_by_name(kind, texts, fault) -> None
         read(kind, texts)
 
 
+# -------------------------------------------------------------------------------- shared prefixes
+
+
+def wait_for(order: Order, cached: set[bytes], prompts: str) -> None:
+    """Requests 1, 2, ... arrive, one a word, each letter a page."""
+    for number, letters in enumerate(prompts.split(), 1):
+        keys = tuple(letters[: end + 1].encode() for end in range(len(letters)))
+        known = sum(key in cached for key in keys)
+        order.on(arrive(number, page_keys=keys, num_cached=known))
+
+
+def test_the_branch_that_most_wait_for_is_followed_to_its_end() -> None:
+    """Cached are a, ab, ac and x. Three wait below a, one of them behind ab and one behind ac."""
+    order = DfsWeight()
+    wait_for(order, {b"a", b"ab", b"ac", b"x"}, "q x xy ad ac ab")
+    # Of the equal branches ac was waited for first; q finds nothing.
+    assert list(order.waiting()) == [5, 6, 4, 2, 3, 1] and order.next() == 5
+    order.on(arrive(7, page_keys=(b"a", b"ab", b"abe"), num_cached=2))
+    assert list(order.waiting()) == [6, 7, 5, 4, 2, 3, 1]
+    tell(order, Removed(1, (b"ab",)), Admit(4, 10), Admit(5, 10), Admit(6, 10))
+    assert list(order.waiting()) == [2, 3, 7, 1] and order.running() == [4, 5, 6]
+    order.on(Cleared(2))
+    assert list(order.waiting()) == [1, 2, 3, 7]
+
+
+def test_a_branch_that_forks_has_been_waited_for_as_long_as_before() -> None:
+    order = DfsWeight()
+    wait_for(order, {b"a", b"ab", b"b"}, "ab b b ac")
+    assert list(order.waiting()) == [1, 4, 2, 3]
+
+
+def test_dfs_weight_with_nothing_cached_is_fcfs_and_keeps_nothing_of_who_left() -> None:
+    order = DfsWeight()
+    wait_for(order, set(), "b ab abc ac c")
+    assert list(order.waiting()) == [1, 2, 3, 4, 5]
+    tell(order, *(Abort(number) for number in (3, 1, 5, 4, 2)))
+    assert order.next() is None
+    assert isinstance(order._tree, WeightedTree) and len(order._tree._branches) == 1
+
+
 # ------------------------------------------------------------------------------ a sort of everybody
 
 
@@ -211,6 +270,9 @@ class World:
     cached: set[bytes] = field(default_factory=set)
     now_s: int = 0
     computed: int = 0
+    num_moves: int = 0
+    since: dict[bytes, int] = field(default_factory=dict)
+    """The move since which somebody has been waiting for a page."""
 
     @property
     def waiting(self) -> list[int]:
@@ -272,6 +334,11 @@ class World:
             case _:
                 pass
 
+    def note_waits(self) -> None:
+        self.num_moves += 1
+        wanted = {key for n in self.waiting for key in self.requests[n].event.page_keys}
+        self.since = {key: self.since.get(key, self.num_moves) for key in wanted}
+
     def end_or_run(self, kind: str, number: int, pick: int) -> None:
         known = self.requests[number]
         match kind:
@@ -295,9 +362,11 @@ MOVES = st.lists(
             + ["admit", "admit", "preempt", "enact", "finish", "abort", "tick"]
             + ["store", "store", "evict", "clear"]
         ),
-        st.text("ab", max_size=5),
+        # Few ways, so that prompts share them and the cache holds what is waited for.
+        st.sampled_from(["", "a", "ab", "abc", "abcd", "abce", "ac", "aca", "b", "babab"]),
         st.integers(0, 12),
     ),
+    min_size=20,
     max_size=60,
 )
 
@@ -330,6 +399,25 @@ def by_deadline(world: World, number: int) -> tuple:
     return (deadline_s is None, deadline_s or 0.0, number)
 
 
+def depth_first(world: World, way: bytes = b"") -> list[int]:
+    """Waiting requests that find `way` cached."""
+    keys = {number: world.requests[number].event.page_keys for number in world.waiting}
+    below = [number for number in keys if not way or way in keys[number]]
+    children = Counter(
+        key
+        for number in below
+        for key in keys[number]
+        if key in world.cached and len(key) == len(way) + 1
+    )
+    branches = sorted(children, key=lambda key: (-children[key], world.since[key]))
+    ends = [number for number in below if world.match(keys[number]) == len(way)]
+    return [number for key in branches for number in depth_first(world, key)] + ends
+
+
+def by_depth(world: World, number: int) -> tuple:
+    return (number if number in world.running else depth_first(world).index(number),)
+
+
 ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
     "hrrn": (
         lambda: Hrrn(page_size=PAGE),
@@ -342,6 +430,7 @@ ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
     "priority": (Priority, by_class(0)),
     "priority, ageing": (lambda: Priority(PriorityParameters(age_s=4.0)), by_class(4)),
     "deadline": (Deadline, by_deadline),
+    "dfs_weight": (DfsWeight, by_depth),
 }
 
 
@@ -352,6 +441,7 @@ def test_everybody_stands_where_a_plain_sort_puts_them(name, moves) -> None:
     world = World(make())
     for move in moves:
         world.do(*move)
+        world.note_waits()
         wanted = sorted(world.waiting, key=lambda number: sort(world, number))
         assert list(world.order.waiting()) == wanted
         assert world.order.next() == (wanted[0] if wanted else None)
