@@ -48,19 +48,19 @@ class _Lane:
     __slots__ = ("fresh", "members", "posted")
 
     def __init__(self) -> None:
-        self.fresh: dict[Rank, _Node] = {}
+        self.fresh: dict[Rank, Node] = {}
         self.members: SortedList = SortedList()
         self.posted: Rank | None = None
 
 
-class _Node:
+class Node:
     """See the module docstring."""
 
     __slots__ = ("cached", "children", "lanes", "parent", "run", "start")
 
     def __init__(self, parent: "Node | None", run: tuple[bytes, ...], start: int, cached: int):
         self.parent, self.run, self.start, self.cached = parent, run, start, cached
-        self.children: dict[bytes, _Node] = {}
+        self.children: dict[bytes, Node] = {}
         self.lanes: dict[str, _Lane] = {}
 
     def lane(self, name: str) -> _Lane:
@@ -81,10 +81,10 @@ class WaitingTree:
     def __init__(self, group_key: GroupKey = longest_match, *, on_match: OnMatch | None = None):
         self._group_key = group_key
         self._on_match = on_match
-        self._root: Final = _Node(None, (), 0, 0)
-        self._place_of: dict[Rank, tuple[_Node, str]] = {}
+        self._root: Final = Node(None, (), 0, 0)
+        self._place_of: dict[Rank, tuple[Node, str]] = {}
         self._groups: dict[str, SortedDict] = {}  # lane -> key -> node
-        self._at: dict[bytes, _Node] = {}  # cached keys on waiting paths
+        self._at: dict[bytes, Node] = {}  # cached keys on waiting paths
 
     def __len__(self) -> int:
         return len(self._place_of)
@@ -127,7 +127,7 @@ class WaitingTree:
             while upcoming is not None and (not heap or upcoming[0] <= heap[0][0]):
                 key, node = upcoming
                 num_groups += 1
-                rest = _members(node, lane)
+                rest = members_of(node, lane)
                 heapq.heappush(heap, (key, num_groups, next(rest), node.start + node.cached, rest))
                 upcoming = next(groups, None)
             _, number, rank, match, rest = heapq.heappop(heap)
@@ -185,7 +185,7 @@ class WaitingTree:
             lanes = lanes | self._set_cached(node, 0)
         return lanes
 
-    def _set_cached(self, node: _Node, cached: int) -> frozenset[str]:
+    def _set_cached(self, node: Node, cached: int) -> frozenset[str]:
         """The lanes whose requests have another match now."""
         for key in node.run[cached : node.cached]:
             del self._at[key]
@@ -229,7 +229,7 @@ class WaitingTree:
         assert parent is not None
         for lane in lower.lanes:
             self._withdraw(lower, lane)
-        upper = _Node(parent, lower.run[:length], lower.start, min(lower.cached, length))
+        upper = Node(parent, lower.run[:length], lower.start, min(lower.cached, length))
         parent.children[upper.run[0]] = upper
         upper.children[lower.run[length]] = lower
         lower.parent, lower.run = upper, lower.run[length:]
@@ -247,7 +247,7 @@ class WaitingTree:
 
     # ----------------------------------------------------------------------------- the groups
 
-    def _post(self, node: _Node, name: str) -> None:
+    def _post(self, node: Node, name: str) -> None:
         """Show the lane's least rank where it is looked for: in the index, or to the parent."""
         while True:
             lane = node.lanes.get(name)
@@ -273,7 +273,7 @@ class WaitingTree:
                 above.members.add(least)
             node = parent
 
-    def _withdraw(self, node: _Node, name: str) -> None:
+    def _withdraw(self, node: Node, name: str) -> None:
         """Undo what `_post` did; whoever calls it posts again, and so the nodes above."""
         lane, parent = node.lanes[name], node.parent
         least = lane.posted
@@ -291,7 +291,7 @@ class WaitingTree:
             above.members.remove(least)
 
 
-def _match(node: _Node) -> int:
+def _match(node: Node) -> int:
     """Cached pages of the prompts that end in `node` or are in its group."""
     above = node
     while not above.cached and above.parent is not None:
@@ -299,7 +299,7 @@ def _match(node: _Node) -> int:
     return above.start + above.cached
 
 
-def _group(node: _Node, name: str) -> list[Rank]:
+def _group(node: Node, name: str) -> list[Rank]:
     """The ranks that a lane's members of `node` lead to, in no order."""
     ranks: list[Rank] = []
     lanes = [node.lanes[name]] if name in node.lanes else []
@@ -314,8 +314,10 @@ def _group(node: _Node, name: str) -> list[Rank]:
     return ranks
 
 
-def _members(node: _Node, name: str) -> Iterator[Rank]:
+def members_of(node: Node, name: str) -> Iterator[Rank]:
     """The ranks of a lane's group, least first."""
+    if name not in node.lanes:
+        return
     lane = node.lanes[name]
     # (rank, tie-break, lane, place among the lane's members)
     heap: list[Any] = [(lane.members[0], 0, lane, 0)]

@@ -34,28 +34,29 @@ class WeightedTree(WaitingTree):
         self._branches: dict[Node, _Branch] = {self._root: _Branch(0)}
         self._num_grown = 0
 
-    def add(self, rank: Rank, keys: Sequence[bytes], num_cached: int) -> None:
+    def add(self, rank: Rank, keys: Sequence[bytes], num_cached: int, *, lane: str = "") -> None:
+        assert not lane, "branches are weighed over all who wait"
         super().add(rank, keys, num_cached)
-        self._count(self._node_of[rank], 1)
+        self._count(self._place_of[rank][0], 1)
 
     def remove(self, rank: Rank) -> None:
-        self._count(self._node_of[rank], -1)
+        self._count(self._place_of[rank][0], -1)
         super().remove(rank)
 
-    def first(self) -> Rank | None:
+    def first(self, lane: str = "") -> Rank | None:
         node = self._root
         while self._branches[node].cached:
             node = self._branches[node].cached.peekitem(0)[1]
-        return next(members_of(node), None)
+        return next(members_of(node, lane), None)
 
-    def __iter__(self) -> Iterator[Rank]:
+    def ranks(self, lane: str = "") -> Iterator[Rank]:
         path = [(self._root, iter(self._branches[self._root].cached.values()))]
         while path:
             node, children = path[-1]
             child = next(children, None)
             if child is None:
                 path.pop()
-                yield from members_of(node)
+                yield from members_of(node, lane)
             else:
                 path.append((child, iter(self._branches[child].cached.values())))
 
@@ -84,9 +85,10 @@ class WeightedTree(WaitingTree):
 
     # What the tree does to its nodes.
 
-    def _set_cached(self, node: Node, cached: int) -> None:
-        super()._set_cached(node, cached)
+    def _set_cached(self, node: Node, cached: int) -> frozenset[str]:
+        lanes = super()._set_cached(node, cached)
         self._place(node)
+        return lanes
 
     def _grow(self, parent: Node, run: tuple[bytes, ...], cached: int) -> Node:
         node = super()._grow(parent, run, cached)
