@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from jaxserve.errors import ConfigError
 from jaxserve.schedulers import admission
-from jaxserve.schedulers.catalog import ORDERS, make_order
+from jaxserve.schedulers.catalog import make_order
 
-ORDER_NAMES = tuple(ORDERS)
 ADMISSIONS = tuple(admission.ADMISSIONS)
 SLICINGS = ("adaptive", "fixed", "iteration", "sequence")
 PREFIX_SCOPES = ("auto", "client", "group", "all")

@@ -15,7 +15,6 @@ from typing import Any, Final
 from jaxserve.config import (
     ADMISSIONS,
     EXECUTORS,
-    ORDER_NAMES,
     PREFIX_SCOPES,
     SLICINGS,
     EngineConfig,
@@ -124,8 +123,8 @@ MEMORY: Final = Group(
 SCHEDULING: Final = Group(
     "scheduling",
     (
-        _order("order", "who is next", ORDER_NAMES),
-        _order("order_options", "parameter=value of the order; repeatable; see policies"),
+        _order("order", "who is next; `jaxserve policies` lists the orders"),
+        _order("order_options", "parameter=value of the order; repeatable"),
         _order("admission", "who fits", ADMISSIONS),
         _order("slicing", "how long a slice runs", SLICINGS),
         _order("slice_steps", "steps of a fixed slice, most steps of an adaptive one"),

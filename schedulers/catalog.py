@@ -13,10 +13,14 @@ from typing import Any, Final, Literal
 
 from . import laws
 from .order import Order
+from .order.deadline import Deadline
+from .order.dfs_weight import DfsWeight
 from .order.dlpm import Dlpm, DlpmParameters
 from .order.fcfs import Fcfs
+from .order.hrrn import Hrrn
+from .order.larry import Larry, LarryParameters
 from .order.lpm import Lpm
-from .order.priority import Priority
+from .order.priority import Priority, PriorityParameters
 from .order.shortest_prefill_first import ShortestPrefillFirst
 from .order.vtc import Vtc, VtcParameters
 from .parameters import NoParameters, read
@@ -60,11 +64,21 @@ _ORDERS: Final = (
     ),
     OrderPolicy(
         name="priority",
-        summary="by priority class (smaller is more urgent), then arrival",
+        summary="by priority class (smaller is more urgent), then arrival; ages on wish",
         source="-",
         standing="published",
-        make=lambda parameters, page_size: Priority(),
+        make=lambda parameters, page_size: Priority(parameters),
+        parameters=PriorityParameters,
         laws=(*_EVERYONE, "work_conserving"),
+    ),
+    OrderPolicy(
+        name="deadline",
+        summary="earliest deadline first; requests without one last, by arrival",
+        source="-",
+        standing="published",
+        make=lambda parameters, page_size: Deadline(),
+        laws=(*_EVERYONE, "work_conserving"),
+        aliases=("edf",),
     ),
     OrderPolicy(
         name="shortest_prefill_first",
@@ -72,6 +86,31 @@ _ORDERS: Final = (
         source="sgl-project/sglang",
         standing="code",
         make=lambda parameters, page_size: ShortestPrefillFirst(page_size=page_size),
+        laws=(*_EVERYONE, "work_conserving"),
+    ),
+    OrderPolicy(
+        name="hrrn",
+        summary="largest 1 + prompt tokens computed since arrival / uncached tokens",
+        source="sgl-project/sglang",
+        standing="code",
+        make=lambda parameters, page_size: Hrrn(page_size=page_size),
+        laws=(*_EVERYONE, "work_conserving"),
+    ),
+    OrderPolicy(
+        name="larry",
+        summary="largest 1 + waiting time / estimated prefill time (reconstruction)",
+        source="Is the GPU Half-Empty or Half-Full?, arXiv 2410.17840: the name and the idea alone",
+        standing="reconstruction",
+        make=lambda parameters, page_size: Larry(parameters, page_size=page_size),
+        parameters=LarryParameters,
+        laws=(*_EVERYONE, "work_conserving"),
+    ),
+    OrderPolicy(
+        name="dfs_weight",
+        summary="depth first over the cached prefixes, branches with more waiting requests first",
+        source="sgl-project/sglang",
+        standing="code",
+        make=lambda parameters, page_size: DfsWeight(),
         laws=(*_EVERYONE, "work_conserving"),
     ),
     OrderPolicy(

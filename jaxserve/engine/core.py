@@ -125,6 +125,7 @@ class EngineCore:
                 weight=request.weight,
                 page_keys=self._planner.lookup_keys(job),
                 num_cached=self._planner.num_cached(job),
+                deadline_s=request.deadline_s,
             )
         )
         self.slicing.arrived(now_s)

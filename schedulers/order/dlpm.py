@@ -98,9 +98,11 @@ class Dlpm:
         self._ready: SortedDict = SortedDict()  # key -> client, of those with credit and a queue
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
+        self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._now_s = 0.0
 
     def on(self, event: Event) -> None:
+        self._sorted = None
         match event:
             case Enact(number=number, num_prompt_tokens=prompt, num_output_tokens=output):
                 client = self._running[number]
@@ -135,7 +137,10 @@ class Dlpm:
 
     def running(self) -> list[RequestNumber]:
         """Most credit in front, so that the most overdrawn client gives way first."""
-        return sorted(self._running, key=lambda number: (-self._running[number].credit, number))
+        if self._sorted is None:
+            running = self._running
+            self._sorted = sorted(running, key=lambda number: (-running[number].credit, number))
+        return list(self._sorted)
 
     def credits(self) -> dict[str, float]:
         """Every known client's credit, in priced tokens."""
@@ -157,6 +162,7 @@ class Dlpm:
         for client in self._clients.values():
             if client.free_credit <= 0:
                 client.credit += min(rounds, client.rounds) * client.quantum
+                self._sorted = None
                 self._place(client)
 
     def _charge(self, client: _Client, bill: Bill) -> None:

@@ -55,9 +55,11 @@ class Vtc:
         self._queued: SortedDict = SortedDict()  # (counter, name) -> client, of those with a queue
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
+        self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._last_left: _Client | None = None  # the queue
 
     def on(self, event: Event) -> None:
+        self._sorted = None
         match event:
             case Arrive():
                 self._arrive(event)
@@ -88,7 +90,10 @@ class Vtc:
 
     def running(self) -> list[RequestNumber]:
         """Who is charged least in front, so that the most overdrawn client gives way first."""
-        return sorted(self._running, key=lambda number: (self._running[number].counter, number))
+        if self._sorted is None:
+            running = self._running
+            self._sorted = sorted(running, key=lambda number: (running[number].counter, number))
+        return list(self._sorted)
 
     def counters(self) -> dict[str, float]:
         """What every remembered client was charged, by weight."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ADMISSIONS, ORDER_NAMES, SchedulerConfig
+from jaxserve.config import ADMISSIONS, SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.scripted import ScriptedExecutor
@@ -315,7 +315,7 @@ def test_what_can_never_run_is_refused() -> None:
     num_pages=st.integers(12, 80),
     slicing=st.sampled_from(["iteration", "fixed", "adaptive"]),
     admission=st.sampled_from(ADMISSIONS),
-    order=st.sampled_from(ORDER_NAMES),
+    order=st.sampled_from(list(ORDERS)),
     overlap=st.booleans(),
 )
 def test_no_page_is_lost_whatever_happens(
