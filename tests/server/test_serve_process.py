@@ -1,5 +1,6 @@
 """`jaxserve serve` as a person runs it: real processes and sockets, mock and paced executors."""
 
+import asyncio
 import json
 import os
 import re
@@ -9,13 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-from jaxserve.client import Client
+from jaxserve.client import AsyncClient, Client
 from jaxserve.errors import JaxserveError, NotReady
 from jaxserve.request import FinishReason, SamplingParams
+from jaxserve.server.identity import make_key
+from jaxserve.server.key import entry
+from jaxserve.server_config import KeyConfig
 
 MODEL = "--model=random:llama-14m"
 COMMAND = (sys.executable, "-m", "jaxserve")
@@ -203,6 +208,40 @@ def test_an_http_client_that_leaves_gives_its_lease_back_within_two_slices(tmp_p
         wait_until(lambda: now()["pool_leased"] == 0 and now()["running"] == 0)
         # One more may have been dispatched before the connection was seen to end.
         assert now()["slices"] <= slices + 3
+
+
+async def test_a_busy_server_is_shared_by_the_weights_of_the_keys(tmp_path, paced):
+    weights = {"heavy": 3.0, "light": 1.0}
+    secrets = {name: make_key() for name in weights}
+    keys = tmp_path / "keys.toml"
+    entries = [
+        entry(KeyConfig(client=name, weight=weights[name]), secrets[name]) for name in weights
+    ]
+    keys.write_text("\n".join(entries))
+    made = dict.fromkeys(weights, 0)
+    sampling = SamplingParams(max_tokens=10, ignore_eos=True)
+
+    async def ask(name: str, client: AsyncClient) -> None:
+        while True:
+            async for chunk in client.generate([1, 2], sampling=sampling):
+                made[name] += len(chunk.token_ids)
+
+    flags = ("--order=vtc", "--max_rows=2", f"--api_keys={keys}")
+    with Server(tmp_path, *paced, *flags) as server:
+        address = server.wait_ready()
+        async with AsyncExitStack() as stack:
+            for name, secret in secrets.items():
+                client = await stack.enter_async_context(AsyncClient(address, api_key=secret))
+                for _ in range(6):
+                    task = asyncio.create_task(ask(name, client))
+                    stack.callback(task.cancel)
+            await asyncio.sleep(1)
+            before = dict(made)
+            await asyncio.sleep(4)
+            served = {name: made[name] - before[name] for name in weights}
+    assert served["light"] > 50
+    # Ten tokens at a time: the shares come out in steps.
+    assert 2.3 <= served["heavy"] / served["light"] <= 3.9
 
 
 def test_what_outlasts_drain_s_ends_with_unavailable(tmp_path, paced):
