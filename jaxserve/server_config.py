@@ -104,8 +104,6 @@ class GenerateConfig:
         got = f"{self.prompt!r} and token_ids {self.token_ids!r}"
         if both or neither:
             raise ConfigError(f"prompt: got {got}; allowed: exactly one of the two")
-        remote = bool(self.server) or not self.api_key
-        _require(remote, "api_key", "one", "none without --server")
         numbers = self.token_ids.split(",") if self.token_ids else []
         wanted = "numbers with commas between, such as 5,17,3"
         _require(all(map(_is_number, numbers)), "token_ids", self.token_ids, wanted)

@@ -41,6 +41,9 @@ REQUEST_ID: Final = "generate"
 def main(settings: Settings) -> int:
     """Print one answer; returns the exit code. Raises ConfigError for what the user can mend."""
     config = _read_prompt(settings.record(GenerateConfig))
+    # In the environment it may stand for other calls.
+    if not config.server and "api_key" in settings.given(GenerateConfig):
+        raise ConfigError("--api_key is for a server; leave it out without --server")
     settings.record(SamplingParams)  # raises what is wrong with the flags' types
     sampling = settings.values(SamplingParams)
     try:

@@ -1,44 +1,31 @@
 """The HTTP dialect: OpenAI's endpoints, health and metrics, as an ASGI application.
 
-Knows HTTP requests and streams of server-sent events. Bodies are `openai_schema.py`'s, answers
-`openai_answer.py`'s; what a request becomes is the desk's.
-
-A stream's status line waits for its first tokens, so that a request that is refused late, by a full
-queue for instance, still gets its own status. A client that goes away has its request cancelled:
-the body has been read by then, so the next thing `receive` says is that it left.
+Calls are `http_call.py`'s, bodies `openai_schema.py`'s, answers `openai_answer.py`'s; what a
+request becomes is the desk's. A stream's status line waits for its first tokens, so that a request
+that is refused late, by a full queue for instance, still gets its own status.
 """
 
 import asyncio
-import math
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from jaxserve import __version__
-from jaxserve.errors import (
-    BadRequest,
-    JaxserveError,
-    NotReady,
-    QueueFull,
-    TooLarge,
-    Unauthenticated,
-)
+from jaxserve.errors import BadRequest, NotReady
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.answer import Answer
 from jaxserve.server.desk import Desk
+from jaxserve.server.http_call import REQUEST_ID_HEADER, Call, Endpoint, event, on_http_exception
 from jaxserve.server.intake import Ask
-from jaxserve.server.openai_answer import ChatWriter, CompletionWriter, Writer, error_body
+from jaxserve.server.openai_answer import ChatWriter, CompletionWriter, Writer, says_something
 from jaxserve.server.openai_schema import (
     ChatBody,
     CompletionBody,
@@ -46,12 +33,8 @@ from jaxserve.server.openai_schema import (
     parse_body,
     read_prompts,
 )
-from jaxserve.server.request_log import log_fault
 
 Kind = TypeVar("Kind", CompletionBody, ChatBody)
-REQUEST_ID_HEADER: Final = "x-request-id"
-RETRY_S: Final = 1
-"""What Retry-After says of a server that is loading or draining."""
 
 Messages = list[pb.GenerateResponse]
 Exposition = Callable[[], Awaitable[tuple[bytes, str]]]
@@ -63,7 +46,7 @@ def make_app(desk: Desk, *, max_body_bytes: int, exposition: Exposition) -> ASGI
     openai = _OpenAi(desk)
 
     def posted(
-        kind: type[Kind], prepare: Callable[["Call", Parsed[Kind]], Awaitable["_Prepared"]]
+        kind: type[Kind], prepare: Callable[[Call, Parsed[Kind]], Awaitable["_Prepared"]]
     ) -> ASGIApp:
         async def run(call: Call) -> None:
             with desk.reading(method=call.path, peer=call.peer):
@@ -74,7 +57,7 @@ def make_app(desk: Desk, *, max_body_bytes: int, exposition: Exposition) -> ASGI
             with _renamed(parsed.names):
                 await call.while_connected(openai.answer(call, parsed, prepared))
 
-        return _Endpoint(run)
+        return Endpoint(run)
 
     async def models(call: Call) -> None:
         desk.gate.identify(call.headers)
@@ -105,13 +88,13 @@ def make_app(desk: Desk, *, max_body_bytes: int, exposition: Exposition) -> ASGI
                 methods=["POST"],
             ),
             Route("/v1/chat/completions", posted(ChatBody, openai.prepare_chat), methods=["POST"]),
-            Route("/v1/models", _Endpoint(models), methods=["GET"]),
-            Route("/v1/models/{model:path}", _Endpoint(model), methods=["GET"]),
-            Route("/health", _Endpoint(health), methods=["GET"]),
-            Route("/version", _Endpoint(version), methods=["GET"]),
-            Route("/metrics", _Endpoint(metrics), methods=["GET"]),
+            Route("/v1/models", Endpoint(models), methods=["GET"]),
+            Route("/v1/models/{model:path}", Endpoint(model), methods=["GET"]),
+            Route("/health", Endpoint(health), methods=["GET"]),
+            Route("/version", Endpoint(version), methods=["GET"]),
+            Route("/metrics", Endpoint(metrics), methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _on_http_exception},
+        exception_handlers={HTTPException: on_http_exception},
     )
 
 
@@ -124,130 +107,6 @@ def _model_body(desk: Desk) -> dict[str, Any]:
         "owned_by": "jaxserve",
         "max_model_len": model.max_context,
     }
-
-
-# -------------------------------------------------------------------------------------- calls
-
-
-class Call:
-    """One HTTP call: what was asked, and the answer's beginning, middle and end."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send):
-        self._request = Request(scope, receive)
-        self._receive, self._send = receive, send
-        self.started = False
-        self.request_id = ""
-        self.headers: dict[str, str] = dict(self._request.headers)
-        self.path: str = self._request.url.path
-        self.path_params: dict[str, str] = self._request.path_params
-        client = self._request.client
-        self.peer = "http:unknown" if client is None else f"http:{client.host}:{client.port}"
-
-    async def body(self, allowed: int) -> bytes:
-        """The body, read no further than it may be long. Raises TooLarge."""
-        data = bytearray()
-        async for part in self._request.stream():
-            data += part
-            if len(data) > allowed:
-                raise TooLarge("body", f"more than {allowed} bytes", f"at most {allowed} bytes")
-        return bytes(data)
-
-    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work`, and cancel it when the client goes. The body must have been read."""
-        task = asyncio.create_task(work)
-        gone = asyncio.create_task(self._gone())
-        try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait((task,))
-        if not task.cancelled():
-            task.result()
-
-    async def respond(self, body: dict[str, Any], *, status: int = 200, **headers: str) -> None:
-        """Answer with JSON, whole."""
-        content = msgspec.json.encode(body)
-        await self.write(content, status=status, media_type="application/json", **headers)
-
-    async def write(
-        self, content: bytes, *, status: int = 200, media_type: str, **headers: str
-    ) -> None:
-        """Answer, whole. Keywords are header names with underscores."""
-        await self._start(status, media_type, content_length=str(len(content)), **headers)
-        await self._send({"type": "http.response.body", "body": content})
-
-    async def begin_stream(self) -> None:
-        """Begin to answer with server-sent events."""
-        await self._start(200, "text/event-stream", cache_control="no-cache")
-
-    async def write_events(self, *bodies: dict[str, Any]) -> None:
-        events = b"".join(map(_event, bodies))
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
-
-    async def end_stream(self, last: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": last})
-
-    async def refuse(self, error: JaxserveError) -> None:
-        """Answer with an error: a response of its own, or a stream's last event."""
-        if self.started:
-            await self.end_stream(_event(error_body(error)))
-            return
-        headers: dict[str, str] = {}
-        match error:
-            case QueueFull():
-                headers["retry_after"] = str(math.ceil(error.retry_after_s))
-            case NotReady():
-                headers["retry_after"] = str(RETRY_S)
-            case Unauthenticated():
-                headers["www_authenticate"] = "Bearer"
-            case TooLarge():
-                headers["connection"] = "close"  # the rest of the body will not be read
-        await self.respond(error_body(error), status=error.http_status, **headers)
-
-    async def _start(self, status: int, media_type: str, **headers: str) -> None:
-        self.started = True
-        if self.request_id:
-            headers[REQUEST_ID_HEADER] = self.request_id
-        headers["content_type"] = media_type
-        encoded = [
-            (name.replace("_", "-").encode(), value.encode("latin-1"))
-            for name, value in headers.items()
-        ]
-        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
-
-    async def _gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-
-class _Endpoint:
-    """An ASGI application of one function, whose errors are answers."""
-
-    def __init__(self, run: Callable[[Call], Awaitable[None]]):
-        self._run = run
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(scope, receive, send)
-        try:
-            await self._run(call)
-        except JaxserveError as error:
-            await call.refuse(error)
-        except ClientDisconnect:
-            pass  # it left while it was still speaking
-        except Exception:
-            await call.refuse(log_fault(f"serving {call.path}"))
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: an unknown path, a wrong method."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    content = msgspec.json.encode({"error": body})
-    headers = {**(error.headers or {}), "content-type": "application/json"}
-    return Response(content, status_code=error.status_code, headers=headers)
 
 
 # ----------------------------------------------------------------------------- OpenAI's calls
@@ -393,10 +252,12 @@ async def _stream(
     An error becomes an event too; then there is no `[DONE]`.
     """
     async for base, messages in _merged(answers):
-        if not call.started:
+        parts = [part for part in messages if says_something(part)]
+        if parts and not call.started:
             await call.begin_stream()
-        await call.write_events(*(writer.chunk(base + part.sample, part) for part in messages))
-    usage = _event(writer.usage_chunk(answer.usage for answer in answers)) if include_usage else b""
+        if parts:
+            await call.write_events(*(writer.chunk(base + part.sample, part) for part in parts))
+    usage = event(writer.usage_chunk(answer.usage for answer in answers)) if include_usage else b""
     await call.end_stream(usage + b"data: [DONE]\n\n")
 
 
@@ -426,7 +287,3 @@ async def _merged(answers: list[Answer]) -> AsyncIterator[tuple[int, Messages]]:
     finally:
         for task in waiting:
             task.cancel()
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"

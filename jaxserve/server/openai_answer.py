@@ -5,6 +5,7 @@ Source: the API reference of OpenAI, platform.openai.com/docs/api-reference, 202
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -40,6 +41,11 @@ _ERROR_TYPES: Final[tuple[tuple[type[JaxserveError], str, str | None], ...]] = (
 )
 
 
+def says_something(message: pb.GenerateResponse) -> bool:
+    """Whether there is anything to write: an end by an error has nothing to say, the error has."""
+    return bool(message.token_ids or message.text) or message.finish.reason in _REASONS
+
+
 def error_body(error: JaxserveError) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`."""
     kind, code = "server_error", None
@@ -71,7 +77,7 @@ def usage_body(usages: Iterable[pb.Usage]) -> dict[str, Any]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Writer:
+class Writer(ABC):
     """Writes the answer of one body, chunk by chunk or whole.
 
     `model` and `request_id` are what the body's answer carries. `token_bytes` gives the bytes of a
@@ -103,13 +109,13 @@ class Writer:
         """The last chunk of a stream that was asked to count."""
         return self._frame(self.chunk_name, []) | {"usage": usage_body(usages)}
 
+    @abstractmethod
     def choice(self, index: int, message: pb.GenerateResponse) -> dict[str, Any]:
         """A whole choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, index: int, message: pb.GenerateResponse) -> dict[str, Any]:
         """A choice of a chunk."""
-        raise NotImplementedError
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         frame = self._frame(self.chunk_name, choices)
@@ -129,7 +135,7 @@ class Writer:
         ending: dict[str, Any] = {"finish_reason": None}
         if message.HasField("finish"):
             finish = message.finish
-            ending["finish_reason"] = _REASONS[finish.reason]
+            ending["finish_reason"] = _REASONS.get(finish.reason)  # an error follows its end
             match finish.WhichOneof("matched"):
                 case "stop_string":
                     ending["stop_reason"] = finish.stop_string
@@ -162,7 +168,8 @@ class CompletionWriter(Writer):
             **self._ending(message),
         }
 
-    delta = choice
+    def delta(self, index: int, message: pb.GenerateResponse) -> dict[str, Any]:
+        return self.choice(index, message)  # in this dialect a chunk's is the same
 
     def _logprobs(self, index: int, logprobs: Sequence[pb.TokenLogprob]) -> dict[str, Any] | None:
         if not logprobs:

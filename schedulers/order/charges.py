@@ -5,9 +5,12 @@ again, and what was charged but never run is given back.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ..events import RequestNumber
+
+KNOWN_CLIENT_S: Final = 3600.0
+"""A client that was away longer is a newcomer: names that requests make up must not add up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from sortedcontainers import SortedDict
 
@@ -22,10 +22,7 @@ from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Reques
 from ..parameters import not_negative, positive
 from ..prefix_tree import Cleared, Removed, Stored
 from ..waiting_tree import WaitingTree, longest_match
-from .charges import Bill, Charges, Prices
-
-KNOWN_CLIENT_S: Final = 3600.0
-"""A client that was away longer is a newcomer."""
+from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +173,12 @@ class Dlpm:
 
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
+        quantum = event.weight * self._parameters.quantum
         if client is None:
-            quantum = event.weight * self._parameters.quantum
             credit = quantum if self._parameters.new_client_credit == "quantum" else 0.0
             client = _Client(event.client, quantum, credit, event.arrived_s)
             self._clients[client.name] = client
+        client.quantum = quantum  # a key's weight may have changed
         self._arrivals[event.number] = event
         self._charges.arrived(event.number, event.num_prompt_tokens)
         self._queue(client, event, event.num_cached)

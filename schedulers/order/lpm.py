@@ -4,6 +4,7 @@ Source: SGLang (arXiv 2312.07104) and sgl-project/sglang; papers.md 4.2. Unlike 
 does not fall back to arrival order: the tree of waiting prompts makes a change of the cache cheap.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
@@ -11,7 +12,7 @@ from ..prefix_tree import Cleared, Removed, Stored
 from ..waiting_tree import Rank, WaitingTree
 
 
-class PrefixOrder:
+class PrefixOrder(ABC):
     """Base of orders by what of each prompt is cached; running requests stand by arrival.
 
     `tree` says how a match weighs against a rank, `rank` how requests with one match stand.
@@ -22,9 +23,9 @@ class PrefixOrder:
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, None] = {}
 
+    @abstractmethod
     def rank(self, event: Arrive) -> Rank:
         """Smallest first; the last part is the request's number."""
-        raise NotImplementedError
 
     def on(self, event: Event) -> None:
         match event:

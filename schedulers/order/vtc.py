@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict, SortedList
 
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
 from ..parameters import not_negative
-from .charges import Bill, Charges, Prices
+from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class _Client:
     counter: float = 0.0
     waiting: SortedList = field(default_factory=SortedList)
     num_requests: int = 0
+    last_seen_s: float = 0.0
 
 
 class Vtc:
@@ -57,6 +58,7 @@ class Vtc:
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._last_left: _Client | None = None  # the queue
+        self._now_s = 0.0
 
     def on(self, event: Event) -> None:
         self._sorted = None
@@ -76,6 +78,8 @@ class Vtc:
                 self._join(client, number)
             case Finish(number=number) | Abort(number=number):
                 self._end(number)
+            case Tick(now_s=now_s):
+                self._tick(now_s)
             case _:
                 pass
 
@@ -99,10 +103,20 @@ class Vtc:
         """What every remembered client was charged, by weight."""
         return {client.name: client.counter for client in self._clients.values()}
 
+    def _tick(self, now_s: float) -> None:
+        self._now_s = now_s
+        oldest = next(iter(self._clients.values()), None)
+        if oldest is not None and not oldest.num_requests:
+            # One a tick, in turn: cheap, and soon enough.
+            del self._clients[oldest.name]
+            if now_s - oldest.last_seen_s < KNOWN_CLIENT_S:
+                self._clients[oldest.name] = oldest
+
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
         if client is None:
             client = self._clients[event.client] = _Client(event.client, event.weight)
+        client.weight = event.weight  # a key's may have changed
         self._arrivals[event.number] = event
         self._charges.arrived(event.number, event.num_prompt_tokens)
         client.num_requests += 1
@@ -144,6 +158,7 @@ class Vtc:
             self._leave(client, number)
         self._charges.forget(number)
         client.num_requests -= 1
+        client.last_seen_s = self._now_s
         # One that the lift would bring to where the others are need not be remembered.
         if not client.num_requests and self._queued:
             if client.counter <= self._queued.peekitem(0)[1].counter:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.schedulers.events import Admit, Arrive, Enact, Event, Finish, Preempt
+from jaxserve.schedulers.events import Admit, Arrive, Enact, Event, Finish, Preempt, Tick
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
 from jaxserve.schedulers.order.fcfs import Fcfs
@@ -63,6 +63,30 @@ def test_vtc_charges_by_weight_and_prices_what_is_cached() -> None:
         order = Vtc(VtcParameters(price_cached=price_cached))
         tell(order, arrive(1, "a", 10, weight=2.0), Admit(1, 4))
         assert order.counters()["a"] == wanted
+
+
+@pytest.mark.parametrize("order", [Vtc(), Dlpm()])
+def test_clients_that_are_gone_for_long_are_forgotten(order) -> None:
+    for number in range(1, 6):
+        tell(order, arrive(number, f"client-{number}", 5), Admit(number, 5), Finish(number))
+    for _ in range(10):
+        order.on(Tick(100.0))
+    known = order.counters if isinstance(order, Vtc) else order.credits
+    assert len(known()) == 5
+    for _ in range(10):
+        order.on(Tick(3601.0))
+    assert not known()
+
+
+@pytest.mark.parametrize("order", [Vtc(VtcParameters(idle_lift=False)), Dlpm()])
+def test_a_weight_that_changed_counts_from_then_on(order) -> None:
+    tell(order, arrive(1, "a", 8), Admit(1, 8), Enact(1, 8, 0), Finish(1))
+    tell(order, arrive(2, "a", 8, weight=4.0), Admit(2, 8), Enact(2, 8, 0), Finish(2))
+    if isinstance(order, Vtc):
+        assert order.counters()["a"] == 8 + 2
+    else:
+        order.on(arrive(3, "a", 8, weight=4.0))
+        assert order.next() == 3 and order.credits()["a"] == 4 * 4096 - 16
 
 
 # ------------------------------------------------------------------------------------------ dlpm

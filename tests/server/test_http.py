@@ -424,6 +424,24 @@ async def test_a_refusal_by_the_engine_has_its_own_status_in_a_stream_too(serve_
             assert reply.json["error"]["code"] == "queue_full"
 
 
+@pytest.mark.parametrize("ids", [[], [5]])
+async def test_a_passed_time_out_has_its_own_status_until_tokens_came(serve_http, ids):
+    async def script(submit, replica):
+        if ids:
+            replica.send(submit, ids)
+        end = {"finish": pb.FINISH_REASON_DEADLINE, "message": "queue time-out passed"}
+        replica.send(submit, **end)
+
+    async with serve_http(script=script) as served:
+        whole = await served.post(COMPLETIONS, {"prompt": "x"})
+        assert (whole.status, whole.json["error"]["code"]) == (504, "deadline_passed")
+        reply = await served.post(COMPLETIONS, {"prompt": "x", "stream": True})
+        assert reply.status == (200 if ids else 504)
+        last = reply.events[-1] if ids else reply.json
+        assert last["error"]["message"] == "queue time-out passed"
+        assert served.log_lines()[-1]["code"] == "DEADLINE_EXCEEDED"
+
+
 async def test_an_error_in_a_stream_is_its_last_event(serve_http):
     async with serve_http() as served, served.connected() as connection:
         await connection.send("POST", COMPLETIONS, b'{"prompt": "x", "stream": true}')

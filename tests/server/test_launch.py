@@ -164,6 +164,7 @@ def test_policies_are_listed_with_their_parameters(capsys):
     ("arguments", "message"),
     [
         (["serve", "--order=lifo"], "jaxserve: order: got 'lifo'; allowed: fcfs, priority, "),
+        (["generate", "--prompt=x", "--api_key=k"], "jaxserve: --api_key is for a server; leave"),
         (["serv"], "jaxserve: unknown command 'serv'; did you mean serve?\n"),
         (["generate"], "jaxserve: prompt: got '' and token_ids ''; allowed: exactly one"),
         (
