@@ -4,6 +4,7 @@ A policy is a deterministic state machine over these. It reads no clock: time is
 are named by the number the engine core gave them, which grows with arrival.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .prefix_tree import Cleared, Removed, Stored
@@ -51,13 +52,15 @@ class Preempt:
     num_cached: int = 0
 
 
+Ran = tuple[RequestNumber, int, int]
+"""A request, and how many of its prompt tokens and how many output tokens were run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Enact:
-    """Tokens really run for it in a parsed slice."""
+    """Tokens really run, by request: one event for all that a slice ran, or all its chunks."""
 
-    number: RequestNumber
-    num_prompt_tokens: int
-    num_output_tokens: int
+    ran: Sequence[Ran]
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class ToyEngine:
         known = self.match(work)
         extend = work.num_prompt_tokens + work.made - PAGE * known
         self.order.on(Admit(number, extend))
-        self.order.on(Enact(number, extend, 0))
+        self.order.on(Enact([(number, extend, 0)]))
         self.charged[work.client] += self.w_in * max(0, extend - work.made)
         self.running[number] = work
         self.admitted.append(number)
@@ -103,9 +103,9 @@ class ToyEngine:
 
     def step(self) -> None:
         """One token for everybody who runs."""
+        self.order.on(Enact([(number, 0, 1) for number in self.running]))
         for number, work in list(self.running.items()):
             work.made += 1
-            self.order.on(Enact(number, 0, 1))
             self.charged[work.client] += self.w_out
             if work.made >= work.output:
                 del self.running[number]

@@ -190,6 +190,13 @@ class EngineCore:
         self.pool.parsed(result.number)
         statistics, made_before = self.statistics_now, self.statistics_now.output_tokens
         attended = finished = prompts = 0
+        ran = [
+            (sequence.job.number, 0, count)
+            for (sequence, _), count in zip(flight.rows, result.counts.tolist(), strict=True)
+            if count and sequence.phase is not Phase.DONE
+        ]
+        if ran:
+            self.order.on(Enact(ran))
         for place, (sequence, steps) in enumerate(flight.rows):
             attended += sequence.length * result.steps_run
             finished += int(result.codes[place]) != Code.RUNNING
@@ -240,7 +247,6 @@ class EngineCore:
         sequence.made.extend(tokens)
         if count:
             statistics.output_tokens += count
-            self.order.on(Enact(job.number, 0, count))
             if job.first_token_s is None:
                 assert job.admitted_s is not None
                 job.first_token_s = now_s

@@ -19,7 +19,7 @@ from jaxserve.schedulers.admission import (
     Running,
     RunningRows,
 )
-from jaxserve.schedulers.events import Admit, Enact, Tick
+from jaxserve.schedulers.events import Admit, Enact, Ran, Tick
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import Forked, Granted, OutOfPages, PagePool
 from jaxserve.schedulers.prefix_tree import page_keys
@@ -210,6 +210,7 @@ class Planner:
     def _plan_prefill(self, steps: int) -> None:
         tile = self._config.tile
         tiles = self._config.scheduler.max_prefill_tokens // tile
+        ran: list[Ran] = []
         for row in self._prefilling():
             if tiles <= 0:
                 break
@@ -222,11 +223,13 @@ class Planner:
             tiles -= -(-size // tile)
             chunk = Chunk(tokens[row.computed : row.computed + size], row.computed)
             row.computed += size
-            self._core.order.on(Enact(row.job.number, size, 0))
+            ran.append((row.job.number, size, 0))
             if row.computed < target or row is row.job.parent:
                 self._add(row, 0, chunk=chunk)
             else:
                 self._start(row, steps, chunk)
+        if ran:
+            self._core.order.on(Enact(ran))
 
     def _covers(self, row: Sequence, num_tokens: int) -> bool:
         assert row.lease is not None

@@ -4,10 +4,13 @@ Project rules, papers.md 3.3: a token that is computed again after a preemption 
 again, and what was charged but never run is given back.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
-from ..events import RequestNumber
+from ..events import Ran, RequestNumber
+
+Owner = TypeVar("Owner")
 
 KNOWN_CLIENT_S: Final = 3600.0
 """A client that was away longer is a newcomer: names that requests make up must not add up."""
@@ -76,18 +79,29 @@ class Charges:
         account.paid += account.fresh
         return Bill(charge + prices.w_in * account.fresh)
 
-    def enacted(self, number: RequestNumber, num_prompt: int, num_output: int) -> Bill:
-        """Tokens were run."""
-        account, prices = self._accounts[number], self._prices
-        before = account.unrun
-        account.ran += num_prompt
-        account.made += num_output
-        charge = prices.w_out * num_output
-        if not prices.at_enactment:
-            return Bill(charge)
-        ran = before - account.unrun
-        account.paid += ran
-        return Bill(charge + prices.w_in * ran, -prices.w_in * ran)
+    def enacted(
+        self, ran: Iterable[Ran], owners: Mapping[RequestNumber, Owner]
+    ) -> Mapping[Owner, Bill]:
+        """Tokens were run: what that is for each owner of some of the requests."""
+        accounts, prices = self._accounts, self._prices
+        outputs: dict[Owner, int] = {}
+        prompts: dict[Owner, int] = {}
+        for number, num_prompt, num_output in ran:
+            account, owner = accounts[number], owners[number]
+            account.made += num_output
+            outputs[owner] = outputs.get(owner, 0) + num_output
+            if num_prompt:
+                before = account.unrun
+                account.ran += num_prompt
+                if prices.at_enactment:
+                    fresh = before - account.unrun
+                    account.paid += fresh
+                    prompts[owner] = prompts.get(owner, 0) + fresh
+        bills = {}
+        for owner, num_output in outputs.items():
+            charge = prices.w_in * prompts.get(owner, 0)
+            bills[owner] = Bill(charge + prices.w_out * num_output, -charge)
+        return bills
 
     def stopped(self, number: RequestNumber) -> Bill:
         """A running request was preempted or ended: what was not run is given back."""

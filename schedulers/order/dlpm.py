@@ -51,7 +51,7 @@ class DlpmParameters:
             not_negative(name, getattr(self, name))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Client:
     """`credit` is what is left of its quanta, `held` what planned tokens will be charged.
 
@@ -101,9 +101,9 @@ class Dlpm:
     def on(self, event: Event) -> None:
         self._sorted = None
         match event:
-            case Enact(number=number, num_prompt_tokens=prompt, num_output_tokens=output):
-                client = self._running[number]
-                self._charge(client, self._charges.enacted(number, prompt, output))
+            case Enact(ran=ran):
+                for client, bill in self._charges.enacted(ran, self._running).items():
+                    self._charge(client, bill)
             case Arrive():
                 self._arrive(event)
             case Admit(number=number, num_extend_tokens=extend):

@@ -109,13 +109,16 @@ class ResponseRatio:
 
     def clock_after(self, event: Event) -> float:
         """The clock once `event` has happened, in tokens; it never goes back."""
-        return self._clock + event.num_prompt_tokens if isinstance(event, Enact) else self._clock
+        if not isinstance(event, Enact):
+            return self._clock
+        return self._clock + sum(num_prompt for _, num_prompt, _ in event.ran)
 
     def on(self, event: Event) -> None:
         self._clock = self.clock_after(event)
         match event:
-            case Enact(number=number, num_output_tokens=output):
-                self._requests[number].made += output
+            case Enact(ran=ran):
+                for number, _, num_output in ran:
+                    self._requests[number].made += num_output
             case Arrive(number=number):
                 request = _Request(self.came(event), event.num_prompt_tokens, event.page_keys)
                 self._requests[number] = request

@@ -29,7 +29,7 @@ class VtcParameters:
             not_negative(name, getattr(self, name))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Client:
     """`counter` is the service charged so far, by weight; `waiting` its queue, by arrival."""
 
@@ -70,8 +70,9 @@ class Vtc:
                 self._leave(client, number)
                 self._running[number] = client
                 self._charge(client, self._charges.admitted(number, extend))
-            case Enact(number=number, num_prompt_tokens=prompt, num_output_tokens=output):
-                self._charge(self._running[number], self._charges.enacted(number, prompt, output))
+            case Enact(ran=ran):
+                for client, bill in self._charges.enacted(ran, self._running).items():
+                    self._charge(client, bill)
             case Preempt(number=number):
                 client = self._running.pop(number)
                 self._charge(client, self._charges.stopped(number))

@@ -40,7 +40,7 @@ def test_vtcs_worked_case() -> None:
         admitted.append(number)
     assert admitted == [1, 4] and order.counters() == {"a": 10, "b": 4}
     for _ in range(3):
-        tell(order, Enact(1, 0, 1), Enact(4, 0, 1))
+        tell(order, Enact([(1, 0, 1)]), Enact([(4, 0, 1)]))
     assert order.counters() == {"a": 16, "b": 10}
     tell(order, arrive(5, "b", 4), arrive(6, "c", 6))
     assert order.counters() == {"a": 16, "b": 16, "c": 16}
@@ -53,7 +53,7 @@ def test_vtcs_worked_case() -> None:
 def test_vtc_lifts_who_finds_the_system_idle_on_wish() -> None:
     for idle_lift, wanted in ((True, 14.0), (False, 0.0)):
         order = Vtc(VtcParameters(idle_lift=idle_lift))
-        tell(order, arrive(1, "a", 10), Admit(1, 10), Enact(1, 10, 2), Finish(1))
+        tell(order, arrive(1, "a", 10), Admit(1, 10), Enact([(1, 10, 2)]), Finish(1))
         order.on(arrive(2, "b", 5))
         assert order.counters()["b"] == wanted
 
@@ -80,8 +80,8 @@ def test_clients_that_are_gone_for_long_are_forgotten(order) -> None:
 
 @pytest.mark.parametrize("order", [Vtc(VtcParameters(idle_lift=False)), Dlpm()])
 def test_a_weight_that_changed_counts_from_then_on(order) -> None:
-    tell(order, arrive(1, "a", 8), Admit(1, 8), Enact(1, 8, 0), Finish(1))
-    tell(order, arrive(2, "a", 8, weight=4.0), Admit(2, 8), Enact(2, 8, 0), Finish(2))
+    tell(order, arrive(1, "a", 8), Admit(1, 8), Enact([(1, 8, 0)]), Finish(1))
+    tell(order, arrive(2, "a", 8, weight=4.0), Admit(2, 8), Enact([(2, 8, 0)]), Finish(2))
     if isinstance(order, Vtc):
         assert order.counters()["a"] == 8 + 2
     else:
@@ -107,9 +107,9 @@ def test_dlpms_worked_case() -> None:
         planned.append(number)
         order.on(Admit(number, 3))
     assert planned == [1, 2, 3]
-    tell(order, Enact(1, 3, 0), Enact(3, 2, 0), Preempt(2, 90), Preempt(3, 80))
+    tell(order, Enact([(1, 3, 0)]), Enact([(3, 2, 0)]), Preempt(2, 90), Preempt(3, 80))
     assert order.credits() == {"a": 1, "b": 2}
-    order.on(Enact(1, 0, 2))
+    order.on(Enact([(1, 0, 2)]))
     assert order.credits() == {"a": -3, "b": 2}
     assert order.next() == 3  # a has the longer match, b the credit; and nobody was refilled
     assert order.credits() == {"a": -3, "b": 2}
@@ -141,7 +141,7 @@ def test_prompts_are_charged_on_admission_or_as_they_run() -> None:
         assert order.next() == 1
         order.on(Admit(1, 5))
         assert order.credits()["a"] == wanted
-        order.on(Enact(1, 5, 0))
+        order.on(Enact([(1, 5, 0)]))
         assert order.credits()["a"] == 5.0
 
 
@@ -150,11 +150,11 @@ def test_what_was_not_run_is_given_back_and_nothing_is_paid_twice(charge_at) -> 
     order = Dlpm(DlpmParameters(quantum=100.0, charge_at=charge_at))
     order.on(arrive(1, "a", 10))
     assert order.next() == 1
-    tell(order, Admit(1, 10), Enact(1, 4, 0), Preempt(1))
+    tell(order, Admit(1, 10), Enact([(1, 4, 0)]), Preempt(1))
     assert order.credits()["a"] == 96
-    tell(order, Admit(1, 10), Enact(1, 10, 3), Preempt(1))
+    tell(order, Admit(1, 10), Enact([(1, 10, 3)]), Preempt(1))
     assert order.credits()["a"] == 90 - 6
-    tell(order, Admit(1, 13), Enact(1, 13, 1))
+    tell(order, Admit(1, 13), Enact([(1, 13, 1)]))
     assert order.credits()["a"] == 84 - 2
 
 

@@ -59,10 +59,10 @@ def test_larrys_worked_case() -> None:
 
 def test_hrrn_counts_the_prompt_tokens_that_were_computed_meanwhile() -> None:
     order = Hrrn(page_size=PAGE)
-    tell(order, arrive(1, tokens=10), Admit(1, 10), arrive(2, tokens=40), Enact(1, 8, 0))
+    tell(order, arrive(1, tokens=10), Admit(1, 10), arrive(2, tokens=40), Enact([(1, 8, 0)]))
     tell(order, arrive(3, tokens=4), Tick(1e6))
     assert order.ratios() == {2: 1.2, 3: 1.0} and order.next() == 2
-    tell(order, Enact(1, 2, 5))
+    tell(order, Enact([(1, 2, 5)]))
     assert order.ratios() == {2: 1.25, 3: 1.5} and order.next() == 3
 
 
@@ -80,7 +80,7 @@ def test_an_eviction_of_many_pages_leaves_the_match_that_is_above_them() -> None
     order = Hrrn(page_size=PAGE)
     keys = (b"a", b"ab", b"abc", b"abcd")
     tell(order, arrive(1, tokens=20, page_keys=keys), arrive(2, tokens=20, page_keys=keys[:2]))
-    tell(order, arrive(3, tokens=40), Admit(3, 40), Enact(3, 40, 0), Stored(1, NO_PARENT, keys))
+    tell(order, arrive(3, tokens=40), Admit(3, 40), Enact([(3, 40, 0)]), Stored(1, NO_PARENT, keys))
     assert order.ratios() == {1: 1 + 40 / (20 - 4 * PAGE), 2: 1 + 40 / (20 - 2 * PAGE)}
     order.on(Removed(2, keys[:0:-1]))
     assert order.ratios() == {1: 1 + 40 / (20 - PAGE), 2: 1 + 40 / (20 - PAGE)}
@@ -96,13 +96,13 @@ def test_larry_on_the_token_clock_is_hrrn() -> None:
     larry = Larry(LarryParameters(clock="tokens"), page_size=PAGE)
     hrrn = Hrrn(page_size=PAGE)
     for order in (larry, hrrn):
-        tell(order, arrive(1), Admit(1, 10), arrive(2, tokens=7), Enact(1, 10, 0), Tick(3.0))
+        tell(order, arrive(1), Admit(1, 10), arrive(2, tokens=7), Enact([(1, 10, 0)]), Tick(3.0))
     assert larry.ratios() == hrrn.ratios() == {2: 1 + 10 / 7}
 
 
 def test_what_a_preempted_request_made_is_prompt_and_its_wait_goes_on() -> None:
     order = Hrrn(page_size=PAGE)
-    tell(order, arrive(1, tokens=10), Admit(1, 10), Enact(1, 10, 6), Preempt(1))
+    tell(order, arrive(1, tokens=10), Admit(1, 10), Enact([(1, 10, 6)]), Preempt(1))
     assert order.ratios() == {1: 1 + 10 / 16}
 
 
@@ -348,7 +348,7 @@ class World:
             case "enact":
                 self.computed += pick
                 known.made += pick % 2
-                self.order.on(Enact(number, pick, pick % 2))
+                self.order.on(Enact([(number, pick, pick % 2)]))
             case _:
                 self.running.remove(number)
                 del self.requests[number]

@@ -53,7 +53,7 @@ def test_everybody_is_in_one_place_and_aborts_leave_no_trace(moves) -> None:
                 waiting.add(number)
             elif kind == 3 and running:
                 number = sorted(running)[pick % len(running)]
-                order.on(Enact(number, 3, 4))
+                order.on(Enact([(number, 3, 4)]))
             elif kind == 4 and running:
                 number = sorted(running)[pick % len(running)]
                 order.on(Finish(number))
