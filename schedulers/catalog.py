@@ -13,13 +13,13 @@ from typing import Any, Final, Literal
 
 from . import laws
 from .order import Order
-from .order.deadline import Deadline
+from .order.deadline import Deadline, DeadlineParameters
 from .order.dfs_weight import DfsWeight
 from .order.dlpm import Dlpm, DlpmParameters
 from .order.fcfs import Fcfs
 from .order.hrrn import Hrrn
 from .order.larry import Larry, LarryParameters
-from .order.lpm import Lpm
+from .order.lpm import Lpm, LpmParameters
 from .order.priority import Priority, PriorityParameters
 from .order.shortest_prefill_first import ShortestPrefillFirst
 from .order.vtc import Vtc, VtcParameters
@@ -73,10 +73,11 @@ _ORDERS: Final = (
     ),
     OrderPolicy(
         name="deadline",
-        summary="earliest deadline first; requests without one last, by arrival",
+        summary="earliest deadline first, infeasible ones refused; those without one last",
         source="-",
         standing="published",
-        make=lambda parameters, page_size: Deadline(),
+        make=lambda parameters, page_size: Deadline(parameters),
+        parameters=DeadlineParameters,
         laws=(*_EVERYONE, "work_conserving"),
         aliases=("edf",),
     ),
@@ -118,7 +119,8 @@ _ORDERS: Final = (
         summary="longest cached prefix first",
         source="SGLang, arXiv 2312.07104",
         standing="code",
-        make=lambda parameters, page_size: Lpm(),
+        make=lambda parameters, page_size: Lpm(parameters, page_size=page_size),
+        parameters=LpmParameters,
         laws=(*_EVERYONE, "work_conserving"),
     ),
     OrderPolicy(

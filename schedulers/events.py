@@ -17,7 +17,9 @@ class Arrive:
     """A request joined the queue. `max_output` is per sample; `num_samples` rows are needed.
 
     `weight` is its client's share beside others'. `page_keys` name the pages that its prompt could
-    find cached, of which the first `num_cached` are. `deadline_s` is on the clock of `arrived_s`.
+    find cached, of which the first `num_cached` are. `deadline_s` is on the clock of `arrived_s`;
+    `service_s` is what the request takes alone until it may end, by estimate, and 0 when there is
+    no estimate or no deadline.
     """
 
     number: RequestNumber
@@ -31,6 +33,7 @@ class Arrive:
     page_keys: tuple[bytes, ...] = ()
     num_cached: int = 0
     deadline_s: float | None = None
+    service_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,16 @@ class Admit:
 
     number: RequestNumber
     num_extend_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """The order named it, and it does not fit in this pass, which a `Tick` began.
+
+    An order that looks past it names another one next; whoever names it again ends the pass.
+    """
+
+    number: RequestNumber
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +100,4 @@ class Tick:
 CacheChange = Stored | Removed | Cleared
 """What the prefix cache holds has changed. Told at once, before the next event of another kind."""
 
-Event = Arrive | Admit | Preempt | Enact | Finish | Abort | Tick | CacheChange
+Event = Arrive | Admit | Misfit | Preempt | Enact | Finish | Abort | Tick | CacheChange

@@ -6,9 +6,12 @@ A slicing knows step times and hazards only through what it is told; it reads no
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from .estimators.serving_time import ServingTime, SliceShape
+
+ENOUGH_SLICES: Final = 100
+"""Measured slices from which on a prediction may refuse a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,10 @@ class Slicing(Protocol):
 
     def ran(self, shape: SliceShape, *, slice_s: float, host_s: float, finished: int) -> None: ...
 
+    def predict_s(self, shape: SliceShape) -> float:
+        """Seconds of a slice; 0 where too little was learnt to tell."""
+        ...
+
 
 class _Unlearning:
     """Base of the rules that learn nothing."""
@@ -63,6 +70,9 @@ class _Unlearning:
 
     def ran(self, shape: SliceShape, *, slice_s: float, host_s: float, finished: int) -> None:
         pass
+
+    def predict_s(self, shape: SliceShape) -> float:
+        return 0.0
 
 
 class Fixed(_Unlearning):
@@ -132,6 +142,9 @@ class Adaptive:
         self._host_s = m * self._host_s + (1 - m) * host_s
         if shape.steps and shape.rows:
             self._hazard = m * self._hazard + (1 - m) * finished / (shape.steps * shape.rows)
+
+    def predict_s(self, shape: SliceShape) -> float:
+        return self._time.predict_s(shape) if self._time.num_observed >= ENOUGH_SLICES else 0.0
 
     def choose(self, view: SlicingView) -> SliceLength:
         rows = max(1, len(view.remaining))

@@ -112,6 +112,21 @@ class WaitingTree:
             return None
         return groups.peekitem(0)[1].lanes[lane].posted
 
+    def first_beside(self, passed: Callable[[Node], bool], lane: str = "") -> Rank | None:
+        """Who stands first in a lane, leaving out all at and below nodes that are `passed`.
+
+        Costs by the passed nodes that stand in front of it.
+        """
+        best: tuple[Any, Rank] | None = None
+        for key, node in self._groups.get(lane, {}).items():
+            if best is not None and best[0] < key:
+                break
+            rank = None if passed(node) else next(members_of(node, lane, passed), None)
+            if rank is not None:
+                found = self._group_key(node.start + node.cached, rank), rank
+                best = found if best is None else min(best, found)
+        return None if best is None else best[1]
+
     def match(self, rank: Rank) -> int:
         """Pages of the request's prompt that are cached."""
         return _match(self._place_of[rank][0])
@@ -314,8 +329,10 @@ def _group(node: Node, name: str) -> list[Rank]:
     return ranks
 
 
-def members_of(node: Node, name: str) -> Iterator[Rank]:
-    """The ranks of a lane's group, least first."""
+def members_of(
+    node: Node, name: str, passed: Callable[[Node], bool] | None = None
+) -> Iterator[Rank]:
+    """The ranks of a lane's group, least first, but for those below nodes that are `passed`."""
     if name not in node.lanes:
         return
     lane = node.lanes[name]
@@ -327,7 +344,7 @@ def members_of(node: Node, name: str) -> Iterator[Rank]:
         child = lane.fresh.get(rank)
         if child is None:
             yield rank
-        else:
+        elif passed is None or not passed(child):
             num_pushed += 1
             heapq.heappush(heap, (rank, num_pushed, child.lanes[name], 0))
         if place + 1 < len(lane.members):

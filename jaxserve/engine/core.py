@@ -17,7 +17,7 @@ from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import Compiles, EngineStatistics
-from jaxserve.errors import BadRequest, JaxserveError, QueueFull
+from jaxserve.errors import BadRequest, DeadlinePassed, JaxserveError, QueueFull
 from jaxserve.request import (
     Delta,
     FinishReason,
@@ -29,6 +29,7 @@ from jaxserve.schedulers.admission import ADMISSIONS, Candidate, RunningRows
 from jaxserve.schedulers.catalog import make_order
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
+from jaxserve.schedulers.order import Refuses
 from jaxserve.schedulers.pages import PagePool
 
 
@@ -87,7 +88,8 @@ class EngineCore:
         """Queue a request.
 
         Raises BadRequest for fields that cannot be served, also when the pool could never hold it,
-        and QueueFull when the bounded queue has no place.
+        QueueFull when the bounded queue has no place, and DeadlinePassed when the order sees that
+        its deadline cannot be met.
         """
         check_request(request, self.config.limits)
         if request.params.prompt_logprobs is not None:
@@ -102,32 +104,20 @@ class EngineCore:
         max_output = request.params.max_tokens or room
         self._check_fits(request, max_output)
         self._check_queue(request, now_s)
-        self._last_job += 1
-        job = Job(self._last_job, request, max_output, now_s)
+        job = Job(self._last_job + 1, request, max_output, now_s)
         job.sequences = [
             Sequence(job, sample, sample_seed(request.params.seed or 0, sample))
             for sample in range(request.params.n)
         ]
+        arrival = self._arrival(job)
+        self._check_order(arrival)
+        self._last_job = job.number
         self.jobs[job.number] = job
         self._number_of[request.request_id] = job.number
         self.statistics_now.waiting += 1
         self.statistics_now.waiting_tokens += request.prompt.size
         self.statistics_now.received += 1
-        self.order.on(
-            Arrive(
-                number=job.number,
-                client=request.client,
-                priority=request.priority,
-                arrived_s=now_s,
-                num_prompt_tokens=request.prompt.size,
-                max_output=max_output,
-                num_samples=request.params.n,
-                weight=request.weight,
-                page_keys=self._planner.lookup_keys(job),
-                num_cached=self._planner.num_cached(job),
-                deadline_s=request.deadline_s,
-            )
-        )
+        self.order.on(arrival)
         self.slicing.arrived(now_s)
         if request.deadline_s is not None:
             heapq.heappush(self._expiries, (request.deadline_s, job.number, True))
@@ -344,6 +334,35 @@ class EngineCore:
         return not job.running and not job.announced
 
     # Checks and reports.
+
+    def _arrival(self, job: Job) -> Arrive:
+        request, num_cached = job.request, self._planner.num_cached(job)
+        service_s = 0.0
+        if request.deadline_s is not None:
+            uncached = request.prompt.size - num_cached * self.config.page_size
+            rows, steps = request.params.n, max(1, request.params.min_tokens)
+            attended = rows * (steps * request.prompt.size + steps * (steps + 1) // 2)
+            service_s = self.slicing.predict_s(SliceShape(steps, rows, attended, uncached))
+        return Arrive(
+            number=job.number,
+            client=request.client,
+            priority=request.priority,
+            arrived_s=job.arrived_s,
+            num_prompt_tokens=request.prompt.size,
+            max_output=job.max_output,
+            num_samples=request.params.n,
+            weight=request.weight,
+            page_keys=self._planner.lookup_keys(job),
+            num_cached=num_cached,
+            deadline_s=request.deadline_s,
+            service_s=service_s,
+        )
+
+    def _check_order(self, arrival: Arrive) -> None:
+        why = self.order.refuses(arrival) if isinstance(self.order, Refuses) else None
+        if why is not None:
+            self.statistics_now.refused += 1
+            raise DeadlinePassed(why)
 
     def _check_fits(self, request: Request, max_output: int) -> None:
         candidate = Candidate(

@@ -2,7 +2,8 @@
 
 The order of business follows the design: running rows first (their leases grow, their limits are
 cut when pages run short, and only then is somebody preempted), then prompts under the token budget,
-then admissions, in the order's sequence and stopping at the first misfit.
+then admissions, in the order's sequence and stopping at the first misfit that the order does not
+look past.
 """
 
 import heapq
@@ -19,7 +20,7 @@ from jaxserve.schedulers.admission import (
     Running,
     RunningRows,
 )
-from jaxserve.schedulers.events import Admit, Enact, Ran, Tick
+from jaxserve.schedulers.events import Admit, Enact, Misfit, Ran, Tick
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import Forked, Granted, OutOfPages, PagePool
 from jaxserve.schedulers.prefix_tree import page_keys
@@ -319,22 +320,24 @@ class Planner:
         running = self.running_rows()
         self._blocked = False
         budget = self._config.scheduler.max_prefill_tokens - self._queued_prefill()
-        while budget > 0:
-            if not self._free_slots:
-                return
+        misfit = None
+        while budget > 0 and self._free_slots:
             number = self._core.order.next()
-            if number is None:
+            if number is None or number == misfit:
                 return
-            job = self._core.jobs[number]
-            if len(job.sequences) > len(self._free_slots):
-                return
-            size = self._try_admit(job, running, steps)
-            if size is None and not running and not self._core.num_in_flight:
-                self._core.outgrown(job)  # after a preemption it is longer than what was checked
-                continue
+            job, size = self._core.jobs[number], None
+            if len(job.sequences) <= len(self._free_slots):
+                size = self._try_admit(job, running, steps)
+                if size is None and not running and not self._core.num_in_flight:
+                    self._core.outgrown(
+                        job
+                    )  # since a preemption it is longer than what was checked
+                    continue
+                self._blocked = self._blocked or size is None
             if size is None:
-                self._blocked = True
-                return
+                misfit = number
+                self._core.order.on(Misfit(number))
+                continue
             budget -= max(size, self._config.tile)
             self._note_admission(job, now_s)
 

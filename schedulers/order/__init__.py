@@ -1,6 +1,6 @@
 """Orders: who is next, and who gives way. One file per policy; `jaxserve.schedulers.catalog` names
 them."""
 
-from .base import Order
+from .base import Order, Refuses
 
-__all__ = ["Order"]
+__all__ = ["Order", "Refuses"]

@@ -22,7 +22,8 @@ class Order(Protocol):
 
     def next(self) -> RequestNumber | None:
         """Who is to be let in now. Asked while there is room for somebody: credits may be given
-        out for it, so that it is no mere question."""
+        out for it, so that it is no mere question. None, or one that was just called a misfit, ends
+        the pass."""
         ...
 
     def waiting(self) -> Iterator[RequestNumber]:
@@ -32,6 +33,15 @@ class Order(Protocol):
 
     def running(self) -> list[RequestNumber]:
         """Running requests, the one to serve first in front: victims are taken from the end."""
+        ...
+
+
+@runtime_checkable
+class Refuses(Protocol):
+    """An order that does not take every request."""
+
+    def refuses(self, event: Arrive) -> str | None:
+        """Why the deadline of a request that is about to arrive cannot be met; None if it can."""
         ...
 
 

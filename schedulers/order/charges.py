@@ -1,7 +1,7 @@
 """What each request is charged: prompt tokens by price, output tokens as they come, nothing twice.
 
 Project rules, papers.md 3.3: a token that is computed again after a preemption is not charged
-again, and what was charged but never run is given back.
+again, but on wish, and what was charged but never run is given back.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,12 +19,14 @@ KNOWN_CLIENT_S: Final = 3600.0
 @dataclass(frozen=True, slots=True)
 class Prices:
     """Per token: computed prompt tokens, output tokens, and prompt tokens found cached as a share
-    of `w_in`. With `at_enactment` prompt tokens are charged as they are run, else on admission."""
+    of `w_in`. With `at_enactment` prompt tokens are charged as they are run, else on admission.
+    With `recharge` all that an admission computes is charged, whoever computed it before."""
 
     w_in: float
     w_out: float
     price_cached: float
     at_enactment: bool = False
+    recharge: bool = False
 
 
 class Bill(NamedTuple):
@@ -40,7 +42,7 @@ NOTHING = Bill(0.0)
 @dataclass(slots=True)
 class _Account:
     """Tokens of one request. `extend` are those that its present admission computes, the last
-    `fresh` of which nobody computed before; `ran` of them have been run."""
+    `fresh` of which are charged; `ran` of them have been run."""
 
     num_prompt_tokens: int
     made: int = 0
@@ -70,7 +72,7 @@ class Charges:
         """`extend` tokens are to be computed; the others are cached."""
         account, prices = self._accounts[number], self._prices
         cached = account.num_prompt_tokens + account.made - extend
-        known = account.paid + account.made
+        known = 0 if prices.recharge else account.paid + account.made
         account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
         charge = 0.0 if account.admitted else prices.w_in * prices.price_cached * max(0, cached)
         account.admitted = True

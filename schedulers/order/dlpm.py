@@ -8,18 +8,32 @@ recomputation and `client_age_limit_s` are project rules.
 Bounds (derived, papers.md 3.6), with U = w_in * longest extend + w_out * most requests of a client
 that run * longest output: credits stay in [-U, Q]; two clients with work throughout are charged
 within Q + U of each other from a start at zero, within 2 (Q + U) over any interval, by weight.
+
+A pass begins at a `Tick`. Of a queue in which many have been passed over, a pass looks past
+`max_skips` requests of each client, so that its cost stays bounded.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal
 
 from sortedcontainers import SortedDict
 
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
-from ..parameters import not_negative, positive
+from ..events import (
+    Abort,
+    Admit,
+    Arrive,
+    Enact,
+    Event,
+    Finish,
+    Misfit,
+    Preempt,
+    RequestNumber,
+    Tick,
+)
+from ..parameters import not_negative, positive, require
 from ..prefix_tree import Cleared, Removed, Stored
 from ..waiting_tree import WaitingTree, longest_match
 from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
@@ -34,6 +48,13 @@ class DlpmParameters:
     clients with a queue, or also those that only run. `charge_at`: prompt tokens are charged on
     admission, or as they are run. `client_age_limit_s`: a request that has waited longer goes first
     among its client's; 0 is off.
+
+    `refill_when`: at the end of a pass refills, and scans the queue anew; in the middle of it
+    refills when the scan comes to a request and nobody has credit, and goes on downwards: who was
+    passed over waits for the next pass. `misfit`: a request that does not fit ends the pass, or is
+    passed over; nobody is refilled while its client has credit. `max_skips`: of how many passed
+    requests of a client a pass looks at the next. `recharge_recompute`: tokens that are computed
+    again after a preemption are charged again.
     """
 
     quantum: float = 4096.0
@@ -44,9 +65,14 @@ class DlpmParameters:
     new_client_credit: Literal["0", "quantum"] = "0"
     charge_at: Literal["admit", "enacted"] = "admit"
     client_age_limit_s: float = 0.0
+    refill_when: Literal["end_of_pass", "mid_pass"] = "end_of_pass"
+    misfit: Literal["stop", "skip"] = "stop"
+    max_skips: int = 16
+    recharge_recompute: bool = False
 
     def __post_init__(self) -> None:
         positive("quantum", self.quantum)
+        require(self.max_skips >= 0, "max_skips", self.max_skips, "0 or more")
         for name in ("w_in", "w_out", "price_cached", "client_age_limit_s"):
             not_negative(name, getattr(self, name))
 
@@ -88,7 +114,13 @@ class Dlpm:
     def __init__(self, parameters: DlpmParameters | None = None):
         self._parameters = known = parameters or DlpmParameters()
         self._charges = Charges(
-            Prices(known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted")
+            Prices(
+                known.w_in,
+                known.w_out,
+                known.price_cached,
+                at_enactment=known.charge_at == "enacted",
+                recharge=known.recharge_recompute,
+            )
         )
         self._clients: dict[str, _Client] = {}
         self._tree = WaitingTree()  # a lane per client
@@ -97,8 +129,15 @@ class Dlpm:
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._now_s = 0.0
+        # Of this pass: how far down its scan came, who did not fit, whose requests were passed.
+        self._scanned: tuple[Any, ...] | None = None
+        self._misfits: set[RequestNumber] = set()
+        self._passed: dict[_Client, None] = {}
 
     def on(self, event: Event) -> None:
+        if isinstance(event, Misfit):
+            self._misfit(event.number)
+            return
         self._sorted = None
         match event:
             case Enact(ran=ran):
@@ -153,8 +192,10 @@ class Dlpm:
             for client in self._clients.values()
             if client.since or (runs_count and client.num_running)
         ]
-        if not active or any(client.free_credit > 0 for client in active):
+        if any(client.free_credit > 0 for client in active):
             return
+        if all(not client.since or self._candidate(client) is None for client in active):
+            return  # the scan comes to nobody
         rounds = min(client.rounds for client in active)
         for client in self._clients.values():
             if client.free_credit <= 0:
@@ -190,6 +231,7 @@ class Dlpm:
 
     def _admit(self, number: RequestNumber, extend: int) -> None:
         client = self._clients[self._arrivals[number].client]
+        self._scan_to(number)
         self._tree.remove((number,))
         del client.since[number]
         client.num_running += 1
@@ -215,8 +257,27 @@ class Dlpm:
         del self._arrivals[number]
         self._charges.forget(number)
 
+    def _misfit(self, number: RequestNumber) -> None:
+        """For the rest of the pass the scan is past it; where it ends the pass, nothing changes."""
+        if self._parameters.misfit == "skip":
+            self._scan_to(number)
+            self._misfits.add(number)
+            self._place(self._clients[self._arrivals[number].client])
+
+    def _scan_to(self, number: RequestNumber) -> None:
+        if self._parameters.refill_when == "mid_pass":
+            self._scanned = self._key(number)
+
+    def _begin_pass(self) -> None:
+        self._scanned = None
+        self._misfits.clear()
+        passed, self._passed = self._passed, {}
+        for client in passed:
+            self._place(client)
+
     def _tick(self, now_s: float) -> None:
         self._now_s = now_s
+        self._begin_pass()
         if self._parameters.client_age_limit_s:
             for client in self._clients.values():
                 self._place(client)
@@ -229,24 +290,38 @@ class Dlpm:
 
     # The index.
 
-    def _candidate(self, client: _Client) -> RequestNumber:
-        """The client's next request."""
+    def _key(self, number: RequestNumber) -> tuple[Any, ...]:
+        """How a request stands among all that wait."""
+        return longest_match(self._tree.match((number,)), (number,))
+
+    def _is_past(self, number: RequestNumber) -> bool:
+        """Whether this pass has no further look at a request."""
+        if number in self._misfits:
+            return True
+        return self._scanned is not None and self._key(number) <= self._scanned
+
+    def _candidate(self, client: _Client) -> RequestNumber | None:
+        """The client's next request in this pass."""
         limit_s = self._parameters.client_age_limit_s
         if limit_s:
             oldest: Any = client.since.peekitem(0)
             number, since_s = oldest
-            if self._now_s - since_s > limit_s:
+            if self._now_s - since_s > limit_s and not self._is_past(number):
                 return number
         first = self._tree.first(client.name)
         assert first is not None
-        return first[-1]
+        if not self._is_past(first[-1]):
+            return first[-1]
+        self._passed[client] = None
+        upcoming = islice(self._tree.ranks(client.name), 1, 1 + self._parameters.max_skips)
+        return next((rank[-1] for rank in upcoming if not self._is_past(rank[-1])), None)
 
     def _place(self, client: _Client) -> None:
         """Bring the index up to date about a client."""
         key = None
         if client.since and client.free_credit > 0:
-            rank = (self._candidate(client),)
-            key = longest_match(self._tree.match(rank), rank)
+            candidate = self._candidate(client)
+            key = None if candidate is None else self._key(candidate)
         if key != client.key:
             if client.key is not None:
                 del self._ready[client.key]

@@ -2,14 +2,17 @@
 
 Source: SGLang (arXiv 2312.07104) and sgl-project/sglang; papers.md 4.2. Unlike there, a long queue
 does not fall back to arrival order: the tree of waiting prompts makes a change of the cache cheap.
+Sharing inside a pass looks at prompts as they are let in, there at the whole queue in advance.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
+from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Tick
+from ..parameters import require
 from ..prefix_tree import Cleared, Removed, Stored
-from ..waiting_tree import Rank, WaitingTree
+from ..waiting_tree import Node, Rank, WaitingTree
 
 
 class PrefixOrder(ABC):
@@ -62,11 +65,83 @@ class PrefixOrder(ABC):
         return sorted(self._running)
 
 
-class Lpm(PrefixOrder):
-    """Longest match first, ties by arrival. Starves whoever shares nothing with the others."""
+@dataclass(frozen=True, slots=True)
+class LpmParameters:
+    """`in_batch_sharing`: a request that finds at most so many tokens cached, and shares as many
+    with one of that kind let in before it in the same pass, goes to the end of the pass: one
+    prefill fills the cache for all. 0 is off."""
 
-    def __init__(self) -> None:
+    in_batch_sharing: int = 32
+
+    def __post_init__(self) -> None:
+        require(
+            self.in_batch_sharing >= 0,
+            "in_batch_sharing",
+            self.in_batch_sharing,
+            "0 or more tokens",
+        )
+
+
+class Lpm(PrefixOrder):
+    """Longest match first, ties by arrival. Starves whoever shares nothing with the others.
+
+    Who shares the first tokens is told by a page key, because a key stands for all pages up to its
+    own: so those that wait for one prefill are a branch of the tree, and are passed over in one.
+    """
+
+    def __init__(self, parameters: LpmParameters | None = None, *, page_size: int):
         super().__init__(WaitingTree())
+        tokens = (parameters or LpmParameters()).in_batch_sharing
+        self._most_cached = tokens // page_size
+        self._shared_page = -(-tokens // page_size) - 1  # the last that is shared; -1: off
+        self._let_in: set[bytes] = set()  # its keys, in this pass
 
     def rank(self, event: Arrive) -> Rank:
         return (event.number,)
+
+    def on(self, event: Event) -> None:
+        match event:
+            case Tick():
+                self._let_in.clear()
+            case Admit(number=number):
+                arrival = self._arrivals[number]
+                if self._is_cold(arrival):
+                    self._let_in.add(arrival.page_keys[self._shared_page])
+            case _:
+                pass
+        super().on(event)
+
+    def next(self) -> RequestNumber | None:
+        if not self._let_in:
+            return super().next()
+        rank = self._tree.first_beside(self._is_passed)
+        return super().next() if rank is None else rank[-1]
+
+    def waiting(self) -> Iterator[RequestNumber]:
+        if not self._let_in:
+            yield from super().waiting()
+            return
+        deferred: list[RequestNumber] = []
+        for number in super().waiting():
+            if self._is_deferred(number):
+                deferred.append(number)
+            else:
+                yield number
+        yield from deferred
+
+    def _is_cold(self, arrival: Arrive) -> bool:
+        """Whether others could wait for its prefill."""
+        if not 0 <= self._shared_page < len(arrival.page_keys):
+            return False
+        return self._tree.match(self.rank(arrival)) <= self._most_cached
+
+    def _is_deferred(self, number: RequestNumber) -> bool:
+        arrival = self._arrivals[number]
+        return self._is_cold(arrival) and arrival.page_keys[self._shared_page] in self._let_in
+
+    def _is_passed(self, node: Node) -> bool:
+        """Whether all requests at and below a node wait for one prefill."""
+        place = self._shared_page - node.start
+        if not 0 <= place < len(node.run) or node.run[place] not in self._let_in:
+            return False
+        return node.start + node.cached <= self._most_cached

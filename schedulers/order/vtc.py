@@ -10,18 +10,32 @@ from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict, SortedList
 
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
+from ..events import (
+    Abort,
+    Admit,
+    Arrive,
+    Enact,
+    Event,
+    Finish,
+    Misfit,
+    Preempt,
+    RequestNumber,
+    Tick,
+)
 from ..parameters import not_negative
 from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
 class VtcParameters:
-    """Prices per token. `idle_lift`: who finds the system idle starts level with who left last."""
+    """Prices per token. `lift`: who was away starts level with the least served of those in the
+    queue; without it (LCF) service that was not asked for is owed. `idle_lift`: who finds the
+    system idle starts level with who left the queue last."""
 
     w_in: float = 1.0
     w_out: float = 2.0
     price_cached: float = 1.0
+    lift: bool = True
     idle_lift: bool = True
 
     def __post_init__(self) -> None:
@@ -45,7 +59,8 @@ class Vtc:
     """Fair by client, blind to prefixes. Work conserving; inside a client first come, first served.
 
     A client's counter rises by what its requests are charged, over its weight. Who was away is
-    lifted to the least counter of those in the queue, so that nobody saves up service.
+    lifted to the least counter of those in the queue, so that nobody saves up service. A pass ends
+    at a misfit.
     """
 
     def __init__(self, parameters: VtcParameters | None = None):
@@ -61,6 +76,8 @@ class Vtc:
         self._now_s = 0.0
 
     def on(self, event: Event) -> None:
+        if isinstance(event, Misfit):
+            return
         self._sorted = None
         match event:
             case Arrive():
@@ -126,6 +143,8 @@ class Vtc:
         self._join(client, event.number)
 
     def _lift(self, client: _Client) -> None:
+        if not self._parameters.lift:
+            return
         if self._queued:
             client.counter = max(client.counter, self._queued.peekitem(0)[1].counter)
         elif self._parameters.idle_lift and not self._running and self._last_left is not None:
@@ -161,6 +180,6 @@ class Vtc:
         client.num_requests -= 1
         client.last_seen_s = self._now_s
         # One that the lift would bring to where the others are need not be remembered.
-        if not client.num_requests and self._queued:
+        if self._parameters.lift and not client.num_requests and self._queued:
             if client.counter <= self._queued.peekitem(0)[1].counter:
                 del self._clients[client.name]

@@ -219,20 +219,20 @@ def run(order: Order, works, *, slots: int = 2, one_client: bool = False) -> lis
 @given(works=WORKS)
 def test_a_huge_quantum_makes_dlpm_lpm(works) -> None:
     huge = DlpmParameters(quantum=1e12, new_client_credit="quantum")
-    assert run(Dlpm(huge), works) == run(Lpm(), works)
+    assert run(Dlpm(huge), works) == run(Lpm(page_size=PAGE), works)
 
 
 @given(works=WORKS, quantum=st.integers(1, 50).map(float))
 def test_one_client_makes_dlpm_lpm_and_vtc_fcfs(works, quantum) -> None:
     dlpm = Dlpm(DlpmParameters(quantum=quantum))
-    assert run(dlpm, works, one_client=True) == run(Lpm(), works, one_client=True)
+    assert run(dlpm, works, one_client=True) == run(Lpm(page_size=PAGE), works, one_client=True)
     assert run(Vtc(), works, one_client=True) == run(Fcfs(), works, one_client=True)
 
 
 @given(works=WORKS)
 def test_lpm_with_nothing_to_share_is_fcfs(works) -> None:
     alone = [(client, [], output, pause) for client, _, output, pause in works]
-    assert run(Lpm(), alone) == run(Fcfs(), alone)
+    assert run(Lpm(page_size=PAGE), alone) == run(Fcfs(), alone)
 
 
 # ------------------------------------------------------------------------------------- the bounds
@@ -308,7 +308,7 @@ def test_lpm_starves_and_dlpm_does_not() -> None:
                 return step
         return None
 
-    assert served_at(Lpm()) is None
+    assert served_at(Lpm(page_size=PAGE)) is None
     assert served_at(Dlpm(DlpmParameters(quantum=50.0))) is not None
 
 

@@ -64,7 +64,7 @@ TWINS = {
     "same_events_same_plans": DrawsLots,
     "aborts_leave_no_trace": ForgetsAborts,
     "work_conserving": Dawdles,
-    "no_client_starves": Lpm,
+    "no_client_starves": lambda: Lpm(page_size=PAGE),
     "no_request_starves": lambda: Dlpm(DlpmParameters(quantum=64.0)),
     "bounded_service_gap": Fcfs,
 }
