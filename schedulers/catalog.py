@@ -131,7 +131,7 @@ _ORDERS: Final = (
         make=lambda parameters, page_size: Vtc(parameters),
         parameters=VtcParameters,
         tight=("price_cached=0",),
-        laws=(*_FAIR, "bounded_service_gap"),
+        laws=(*_FAIR, "bounded_service_gap", "shares_evenly"),
     ),
     OrderPolicy(
         name="dlpm",
@@ -141,7 +141,7 @@ _ORDERS: Final = (
         make=lambda parameters, page_size: Dlpm(parameters),
         parameters=DlpmParameters,
         tight=(f"quantum={laws.MOST_QUANTUM}",),
-        laws=(*_FAIR, "bounded_service_gap"),
+        laws=(*_FAIR, "bounded_service_gap", "shares_evenly"),
     ),
 )
 

@@ -17,8 +17,8 @@ PAGE: Final = 4
 class Work:
     """A request: its client, the pages of its prompt by name, and how many tokens it makes.
 
-    Of what it made, `told` tokens are known to the order. `paid` are the places in prompt and
-    output for which its client was charged.
+    `keys` follow from the pages. Of what it made, `told` tokens are known to the order. `paid` are
+    the places in prompt and output for which its client was charged.
     """
 
     number: int
@@ -33,9 +33,11 @@ class Work:
     told: int = 0
     paid: set[int] = field(default_factory=set)
 
-    @property
-    def keys(self) -> tuple[bytes, ...]:
-        return tuple("/".join(self.pages[: end + 1]).encode() for end in range(len(self.pages)))
+    keys: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        ways = ("/".join(self.pages[: end + 1]) for end in range(len(self.pages)))
+        self.keys = tuple(way.encode() for way in ways)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -77,6 +79,9 @@ class ToyEngine:
     in_flight: deque[list[Ran]] = field(default_factory=deque)
     now_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._refuses = self.order.refuses if isinstance(self.order, Refuses) else None
+
     def arrive(self, work: Work) -> None:
         event = Arrive(
             number=work.number,
@@ -92,7 +97,7 @@ class ToyEngine:
             deadline_s=work.deadline_s,
             service_s=work.service_s,
         )
-        if isinstance(self.order, Refuses) and self.order.refuses(event) is not None:
+        if self._refuses and self._refuses(event) is not None:
             self.refused.append(work.number)
             return
         self.waiting[work.number] = work
@@ -104,9 +109,12 @@ class ToyEngine:
 
     def fits(self, work: Work) -> bool:
         """Whether there is a slot and room for it now."""
+        if len(self.running) >= self.slots:
+            return False
+        if not self.room or not self.running:
+            return True
         held = sum(other.most_tokens for other in self.running.values())
-        room = not self.room or not self.running or held + work.most_tokens <= self.room
-        return len(self.running) < self.slots and room
+        return held + work.most_tokens <= self.room
 
     def fill(self) -> list[int]:
         """One pass: let in as many as fit; their numbers."""

@@ -68,6 +68,7 @@ class EngineCore:
         self.order = make_order(
             scheduler.order, scheduler.order_options, page_size=config.page_size
         )
+        self._refuses = self.order.refuses if isinstance(self.order, Refuses) else None
         self.admission = ADMISSIONS[config.scheduler.admission]()
         self.slicing = make_slicing(config.scheduler, config.limits)
         self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=self.order.on)
@@ -359,7 +360,7 @@ class EngineCore:
         )
 
     def _check_order(self, arrival: Arrive) -> None:
-        why = self.order.refuses(arrival) if isinstance(self.order, Refuses) else None
+        why = self._refuses(arrival) if self._refuses else None
         if why is not None:
             self.statistics_now.refused += 1
             raise DeadlinePassed(why)

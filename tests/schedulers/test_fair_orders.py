@@ -1,19 +1,13 @@
 """vtc and dlpm: the worked cases, their bounds, and what they turn into at the ends of a dial."""
 
-import random
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxserve.schedulers.events import Admit, Arrive, Enact, Event, Finish, Preempt, Tick
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
-from jaxserve.schedulers.order.fcfs import Fcfs
-from jaxserve.schedulers.order.lpm import Lpm
 from jaxserve.schedulers.order.vtc import Vtc, VtcParameters
 from jaxserve.schedulers.prefix_tree import NO_PARENT, Stored
-from jaxserve.schedulers.toy_engine import PAGE, ToyEngine, Work
+from jaxserve.schedulers.toy_engine import ToyEngine, Work
 
 
 def arrive(number: int, client: str, tokens: int, **fields: object) -> Arrive:
@@ -185,131 +179,6 @@ def test_cached_prefixes_cost_what_they_are_priced() -> None:
         assert order.next() == 1
         order.on(Admit(1, 4))
         assert order.credits()["a"] == wanted
-
-
-# ----------------------------------------------------------------------- the ends of the dials
-
-WORKS = st.lists(
-    st.tuples(
-        st.sampled_from("abc"),
-        st.lists(st.sampled_from("xyz"), max_size=4),
-        st.integers(1, 5),
-        st.integers(0, 3),
-    ),
-    min_size=1,
-    max_size=30,
-)
-
-
-def run(order: Order, works, *, slots: int = 2, one_client: bool = False) -> list[int]:
-    """Everybody in the sequence of admission; the last number of a work is a pause before it."""
-    engine = ToyEngine(order, slots)
-    for number, (client, pages, output, pause) in enumerate(works, 1):
-        for _ in range(pause):
-            engine.fill()
-            engine.step()
-        engine.arrive(Work(number, "a" if one_client else client, tuple(pages), output))
-    while engine.waiting or engine.running:
-        engine.fill()
-        assert len(engine.running) == min(slots, len(engine.running) + len(engine.waiting))
-        engine.step()
-    return engine.admitted
-
-
-@given(works=WORKS)
-def test_a_huge_quantum_makes_dlpm_lpm(works) -> None:
-    huge = DlpmParameters(quantum=1e12, new_client_credit="quantum")
-    assert run(Dlpm(huge), works) == run(Lpm(page_size=PAGE), works)
-
-
-@given(works=WORKS, quantum=st.integers(1, 50).map(float))
-def test_one_client_makes_dlpm_lpm_and_vtc_fcfs(works, quantum) -> None:
-    dlpm = Dlpm(DlpmParameters(quantum=quantum))
-    assert run(dlpm, works, one_client=True) == run(Lpm(page_size=PAGE), works, one_client=True)
-    assert run(Vtc(), works, one_client=True) == run(Fcfs(), works, one_client=True)
-
-
-@given(works=WORKS)
-def test_lpm_with_nothing_to_share_is_fcfs(works) -> None:
-    alone = [(client, [], output, pause) for client, _, output, pause in works]
-    assert run(Lpm(page_size=PAGE), alone) == run(Fcfs(), alone)
-
-
-# ------------------------------------------------------------------------------------- the bounds
-
-
-def overload(order: Order, *, seed: int, weights: dict[str, float], slots: int, steps: int):
-    """Clients that always have requests waiting; yields the engine after every move."""
-    rng = random.Random(seed)
-    engine = ToyEngine(order, slots)
-    number = 0
-    for _ in range(steps):
-        for client, weight in weights.items():
-            while sum(work.client == client for work in engine.waiting.values()) < 3:
-                number += 1
-                pages = tuple(rng.choice((client, "shared", str(number))) for _ in range(3))
-                engine.arrive(Work(number, client, pages, rng.randint(1, 6), weight))
-        engine.fill()
-        yield engine
-        engine.step()
-        yield engine
-        if rng.random() < 0.1 and engine.cached:
-            engine.evict(rng.choice(sorted(engine.cached)))
-        if rng.random() < 0.1 and len(engine.running) > 1:
-            engine.preempt()
-            yield engine
-
-
-LONGEST_EXTEND, LONGEST_OUTPUT = 3 * PAGE + 1 + 6, 6
-
-
-@given(
-    seed=st.integers(0, 10**6),
-    quantum=st.integers(1, 200).map(float),
-    slots=st.integers(1, 5),
-    scope=st.sampled_from(["queued", "queued_or_running"]),
-    charge_at=st.sampled_from(["admit", "enacted"]),
-    heavy=st.sampled_from([1.0, 3.0]),
-)
-def test_dlpm_keeps_its_bound_at_every_instant(
-    seed, quantum, slots, scope, charge_at, heavy
-) -> None:
-    order = Dlpm(DlpmParameters(quantum=quantum, refill_scope=scope, charge_at=charge_at))
-    overdraft = LONGEST_EXTEND + 2 * slots * LONGEST_OUTPUT
-    weights = {"a": heavy, "b": 1.0, "c": 1.0}
-    for engine in overload(order, seed=seed, weights=weights, slots=slots, steps=60):
-        served = {name: engine.charged[name] / weights[name] for name in weights}
-        assert max(served.values()) - min(served.values()) <= quantum + overdraft
-        # Refunds may lift a credit by what was charged and not run.
-        for name, credit in order.credits().items():
-            assert -overdraft <= credit <= weights[name] * quantum + LONGEST_EXTEND
-
-
-@given(seed=st.integers(0, 10**6), slots=st.integers(1, 5))
-def test_vtc_keeps_its_bound_at_every_instant(seed, slots) -> None:
-    order = Vtc(VtcParameters(price_cached=0.0))
-    most = max(LONGEST_EXTEND, 2 * slots * (LONGEST_EXTEND + LONGEST_OUTPUT))
-    for engine in overload(order, seed=seed, weights={"a": 1.0, "b": 1.0}, slots=slots, steps=60):
-        assert abs(engine.charged["a"] - engine.charged["b"]) <= 2 * most
-
-
-def test_lpm_starves_and_dlpm_does_not() -> None:
-    """An endless hot prefix keeps a cold request of another client waiting under lpm alone."""
-
-    def served_at(order: Order) -> int | None:
-        engine = ToyEngine(order, slots=1)
-        engine.cached = {b"p"}
-        engine.arrive(Work(1, "cold", ("q",), 1))
-        for step in range(2, 300):
-            engine.arrive(Work(step, "hot", ("p",), 1))
-            engine.fill()
-            engine.step()
-            if 1 in engine.admitted:
-                return step
-        return None
-
-    assert served_at(Lpm(page_size=PAGE)) is None
-    assert served_at(Dlpm(DlpmParameters(quantum=50.0))) is not None
 
 
 def test_a_cache_change_reaches_every_client() -> None:

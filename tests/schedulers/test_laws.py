@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.schedulers.catalog import ORDERS, make_order
@@ -14,6 +14,9 @@ from jaxserve.schedulers.order.fcfs import Fcfs
 from jaxserve.schedulers.order.lpm import Lpm
 from jaxserve.schedulers.toy_engine import PAGE
 
+FEW = settings() if settings().max_examples > 100 else settings(max_examples=10)
+"""Laws run long; a full run keeps its many examples."""
+
 CLAIMS = [(policy.name, law) for policy in ORDERS.values() for law in policy.laws]
 
 
@@ -21,6 +24,7 @@ CLAIMS = [(policy.name, law) for policy in ORDERS.values() for law in policy.law
 def test_every_order_keeps_its_laws(name: str, law: str) -> None:
     tight = ORDERS[name].tight
 
+    @FEW
     @given(seed=st.integers(0, 10**6))
     def holds(seed: int) -> None:
         LAWS[law](lambda: make_order(name, tight, page_size=PAGE), seed)
@@ -67,14 +71,21 @@ TWINS = {
     "no_client_starves": lambda: Lpm(page_size=PAGE),
     "no_request_starves": lambda: Dlpm(DlpmParameters(quantum=64.0)),
     "bounded_service_gap": Fcfs,
+    "shares_evenly": Fcfs,
 }
+
+
+def test_every_law_has_a_twin() -> None:
+    assert set(TWINS) == set(LAWS)
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_every_law_catches_an_order_that_breaks_it(law: str) -> None:
+    twin = TWINS[law]
+
     def breaks(seed: int) -> bool:
         try:
-            LAWS[law](TWINS[law], seed)
+            LAWS[law](twin, seed)
         except (AssertionError, KeyError, ValueError):
             return True
         return False
