@@ -23,7 +23,7 @@ from .order.lpm import Lpm, LpmParameters
 from .order.priority import Priority, PriorityParameters
 from .order.shortest_prefill_first import ShortestPrefillFirst
 from .order.vtc import Vtc, VtcParameters
-from .parameters import NoParameters, read
+from .parameters import NoParameters, read, require
 
 Standing = Literal["published", "code", "re-implementation", "reconstruction", "project rule"]
 """How sure it is that a policy is what its source means; reconstruction is said in its summary."""
@@ -145,14 +145,26 @@ _ORDERS: Final = (
     ),
 )
 
-ORDERS: Final[Mapping[str, OrderPolicy]] = MappingProxyType(
-    {policy.name: policy for policy in _ORDERS}
-)
+_known: Final = {policy.name: policy for policy in _ORDERS}
+ORDERS: Final[Mapping[str, OrderPolicy]] = MappingProxyType(_known)
+
+
+def register(policy: OrderPolicy) -> None:
+    """Make an order known to all that take orders by name: engine, command line, suite of laws.
+
+    Raises ValueError for a name or alias that is taken, and for a law that does not exist.
+    """
+    taken = {name for each in _known.values() for name in (each.name, *each.aliases)}
+    for name in (policy.name, *policy.aliases):
+        require(name not in taken, "order", name, "a name that no order has")
+    for law in policy.laws:
+        require(law in laws.LAWS, "law", law, ", ".join(laws.LAWS))
+    _known[policy.name] = policy
 
 
 def find_order(name: str) -> OrderPolicy:
     """The order of that name or alias. Raises ValueError with the nearest names."""
-    for policy in _ORDERS:
+    for policy in ORDERS.values():
         if name == policy.name or name in policy.aliases:
             return policy
     near = difflib.get_close_matches(name, ORDERS, n=1)

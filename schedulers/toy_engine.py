@@ -56,6 +56,7 @@ class ToyEngine:
     room for all its tokens out of `room`, if that is not 0. A step's tokens are told `lag` steps
     later, and who has made its last is running until then.
 
+    `admitted` and `refused` name all there were, `misfits` those of the last pass.
     `charged` sums what clients were served, in the moment of it: `w_in` a prompt token that was
     computed, `w_out` a token made, `price_cached` times `w_in` a prompt token that the request
     found cached when it was first let in. A token that is computed again is charged again only with
@@ -76,6 +77,7 @@ class ToyEngine:
     charged: dict[str, float] = field(default_factory=dict)
     admitted: list[int] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
+    misfits: list[int] = field(default_factory=list)
     in_flight: deque[list[Ran]] = field(default_factory=deque)
     now_s: float = 0.0
 
@@ -120,15 +122,15 @@ class ToyEngine:
         """One pass: let in as many as fit; their numbers."""
         self.now_s += 1.0
         self.order.on(Tick(self.now_s))
-        before, misfit = len(self.admitted), None
+        before, self.misfits = len(self.admitted), []
         while len(self.running) < self.slots:
             number = self.order.next()
-            if number is None or number == misfit:
+            if number is None or number in self.misfits[-1:]:
                 break
             if self.fits(self.waiting[number]):
                 self._let_in(number)
             else:
-                misfit = number
+                self.misfits.append(number)
                 self.order.on(Misfit(number))
         new = self.admitted[before:]
         self._cache(new)
