@@ -76,8 +76,8 @@ def a_long_prompt_and_a_late_short_one(order: Order) -> Plans:
 
 def reading_and_writing(order: Order) -> Plans:
     """a has long prompts, b long outputs."""
-    a, b = dict(client="a", pages=3), dict(client="b", pages=0, output=10)
-    return play(order, [[cold(1, **a), cold(2, **b), cold(3, **b), cold(4, **a)]])
+    b = [cold(number, "b", pages=0, output=10) for number in (2, 3)]
+    return play(order, [[cold(1, "a", pages=3), *b, cold(4, "a", pages=3)]])
 
 
 def cached_and_cold(order: Order) -> Plans:
