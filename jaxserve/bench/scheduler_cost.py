@@ -9,7 +9,6 @@ Half of every prompt is shared by all requests. Every so often that prefix is ev
 again, as far as the order knows: the change that touches everybody who waits.
 """
 
-import gc
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.engine.batch import BatchShape, Bucket, Packer
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
+from jaxserve.engine.garbage import settle_collector
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.request import Limits, Request, SamplingParams
 from jaxserve.schedulers.events import Event
@@ -122,6 +122,7 @@ class _Load:
 def measure(order: str, *, num_waiting: int, num_cycles: int, seed: int = 0) -> SchedulerCost:
     """Cycles with about `num_waiting` requests in the queue."""
     load, core = _Load(seed), _make_core(order)
+    settle_collector()
     tracemalloc.start()
     requests = [load.request() for _ in range(num_waiting + ROWS)]
     before = tracemalloc.get_traced_memory()[0]
@@ -132,7 +133,6 @@ def measure(order: str, *, num_waiting: int, num_cycles: int, seed: int = 0) -> 
     timed = _Timed(core.order)
     core.order = timed
     core.pool.tree.on_change = timed.on
-    gc.collect()
     order_s, cycle_s = _run(core, timed, load, num_cycles)
     return SchedulerCost(
         order=order,

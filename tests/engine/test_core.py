@@ -364,7 +364,7 @@ def test_no_page_is_lost_whatever_happens(
         waiting = list(core.order.waiting())
         assert sorted([*waiting, *core.order.running()]) == sorted(core.jobs)
         if order == "lpm":  # what it knows of the cache is what the pool has
-            match = core._planner.num_cached
+            match = core.prefixes.num_cached
             assert waiting == sorted(waiting, key=lambda n: (-match(core.jobs[n]), n))
     harness.run()
     for name, request in requests.items():
