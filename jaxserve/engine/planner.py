@@ -124,26 +124,20 @@ class Planner:
             context_tokens=sum([row.length + row.ahead for row in rows]),
             prefill_tokens=min(budget, prompts + waiting.waiting_tokens),
             backlog=full and waiting.waiting > 0,
-            cut_prompts=prompts + self._admissible_tokens(budget) > budget,
+            cut_prompts=prompts + self._admissible_tokens() > budget,
         )
 
     def _tiled(self, num_tokens: int) -> int:
         """What a chunk takes of the token budget: whole tiles."""
         return -(-num_tokens // self._config.tile) * self._config.tile
 
-    def _admissible_tokens(self, most: int) -> int:
-        """What the prompts of the waiting requests that free slots could take need of the token
-        budget; stops beyond `most`."""
-        tokens, slots = 0, self._admits.num_free_slots
-        if not slots:
-            return 0
-        for number in self._core.order.waiting():
-            job = self._core.jobs[number]
-            slots -= len(job.sequences)
-            if slots < 0 or tokens > most:
-                break
-            tokens += self._tiled(max([row.length for row in job.sequences]))
-        return tokens
+    def _admissible_tokens(self) -> int:
+        """What the prompts that free slots could take need of the token budget, as if all that wait
+        were of mean length. To ask the order who they are would cost more than it is worth: who is
+        second depends on who goes first."""
+        now = self._core.statistics_now
+        rows = min(self._admits.num_free_slots, now.waiting)
+        return rows * self._tiled(now.waiting_tokens // now.waiting) if rows else 0
 
     # Rows that decode already.
 
