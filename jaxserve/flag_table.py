@@ -21,6 +21,7 @@ from jaxserve.config import (
 )
 from jaxserve.request import SamplingParams
 from jaxserve.server_config import (
+    CLIENT_METRICS,
     CONVERT_DTYPES,
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
@@ -152,6 +153,13 @@ SERVER: Final = Group(
             "sampling_defaults",
             "what absent sampling fields mean: the model's own defaults, or none",
             SAMPLING_DEFAULTS,
+        ),
+        Flag(
+            "client_metrics",
+            ServerConfig,
+            "client_metrics",
+            "whether /metrics names clients; auto: unless API keys are in use",
+            CLIENT_METRICS,
         ),
         Flag("drain_s", ServerConfig, "drain_s", "time to finish after the first signal"),
         Flag("max_message_mb", ServerConfig, "max_message_mb", "largest message taken or sent"),

@@ -33,7 +33,9 @@ from jaxserve.schedulers.admission import ADMISSIONS, Candidate, RunningRows
 from jaxserve.schedulers.catalog import make_order
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt, Ran
+from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import PagePool
+from jaxserve.schedulers.service_meter import ServiceMeter
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,9 @@ class EngineCore:
         self.config = config
         self._compiles = compiles
         scheduler = config.scheduler
-        self.order = make_order(
-            scheduler.order, scheduler.order_options, page_size=config.page_size
-        )
+        order = make_order(scheduler.order, scheduler.order_options, page_size=config.page_size)
+        self.meter = ServiceMeter(order)
+        self.order: Order = self.meter  # counts what each client is served, and hands events on
         self.admission = ADMISSIONS[config.scheduler.admission]()
         self.slicing = make_slicing(config.scheduler, config.limits)
         self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=self.order.on)
