@@ -88,7 +88,10 @@ _ENGINE_HISTOGRAM_HELP: Final = {
 _ENGINE_GAUGES: Final = {
     "num_requests_running": ("running", "Requests that hold rows."),
     "num_requests_waiting": ("waiting", "Requests in the queue."),
-    "clients_known": ("clients_known", "Clients that had a request in the last hour."),
+    "clients_known": (
+        "clients_known",
+        "Clients that are remembered: of the last hour, and at most 1000 without requests.",
+    ),
     "clients_backlogged": (
         "clients_backlogged",
         "Clients with waiting requests whose service is compared.",
