@@ -137,7 +137,7 @@ def test_only_so_many_clients_are_compared() -> None:
 # -------------------------------------------------------------------------------------- the bound
 
 
-def traffic(order: Order, seed: int, *, weights: dict[str, float], steps: int = 60):
+def traffic(order: Order, seed: int, *, weights: dict[str, float], steps: int = 45):
     """Clients that come and go, preemptions, aborts, evictions; the meter after every move."""
     rng = random.Random(seed)
     meter = ServiceMeter(order)
