@@ -12,7 +12,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
-from jaxserve.engine.core_config import CoreConfig, make_slicing
+from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
 from jaxserve.engine.sequence import Job, Phase, Sequence
@@ -25,8 +25,8 @@ from jaxserve.request import (
     TokenLogprob,
     check_request,
 )
-from jaxserve.schedulers.admission import ADMISSIONS, Candidate, RunningRows
-from jaxserve.schedulers.catalog import make_order
+from jaxserve.schedulers.admission import Candidate, RunningRows
+from jaxserve.schedulers.catalog import make_admission, make_order, victim_key
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
 from jaxserve.schedulers.pages import PagePool
@@ -67,8 +67,9 @@ class EngineCore:
         self.order = make_order(
             scheduler.order, scheduler.order_options, page_size=config.page_size
         )
-        self.admission = ADMISSIONS[config.scheduler.admission]()
-        self.slicing = make_slicing(config.scheduler, config.limits)
+        self.admission = make_admission(scheduler.admission, scheduler.admission_options)
+        self.slicing = scheduler.make_slicing(max_context=config.limits.max_context)
+        self.victim_key = victim_key(scheduler.victim)
         self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=self.order.on)
         self.jobs: dict[int, Job] = {}
         self._number_of: dict[str, int] = {}
@@ -155,6 +156,8 @@ class EngineCore:
         for sequence in ended:
             if keep_tokens is not None:
                 del sequence.made[keep_tokens:]
+            if reason is FinishReason.STOP:
+                self.admission.finished(job.request.client, len(sequence.made))
             self._end(sequence, reason, event=Abort)
         return bool(ended)
 
@@ -207,10 +210,12 @@ class EngineCore:
             if sequence.phase is Phase.EVICTING and sequence.last_slice == result.number:
                 self._evict(sequence)
         shape = SliceShape(result.steps_run, result.rows_run, attended, result.prefill_run)
-        self.slicing.ran(shape, slice_s=result.slice_s, host_s=result.host_s, finished=finished)
+        made = statistics.output_tokens - made_before
+        self.slicing.ran(
+            shape, slice_s=result.slice_s, host_s=result.host_s, made=made, finished=finished
+        )
         self.admission.ticked(result.steps_run)
         row_steps = result.steps_run * len(flight.rows)
-        made = statistics.output_tokens - made_before
         statistics.steps += result.steps_run
         statistics.row_steps += row_steps
         statistics.slice_idle_row_steps += row_steps - made - prompts
@@ -256,6 +261,8 @@ class EngineCore:
                 self._emit(sequence, tokens, result=result, place=place)
             return
         reason = _REASONS[Code(code)]
+        if reason is not FinishReason.ERROR:
+            self.admission.finished(job.request.client, len(sequence.made))
         self._emit(sequence, tokens, result=result, place=place, finish=reason)
         self._end(sequence, None, event=Finish)
         if not job.sequences and job.first_token_s is not None:
@@ -351,6 +358,7 @@ class EngineCore:
             cost_pages=self.pool.pages_for(request.prompt.size),
             max_output=max_output,
             num_samples=request.params.n,
+            client=request.client,
         )
         memory = self._planner.memory(self.pool.num_pages, self.slicing.max_steps)
         if not self.admission.admits(candidate, RunningRows(), memory):

@@ -24,6 +24,7 @@ from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import Forked, Granted, OutOfPages, PagePool
 from jaxserve.schedulers.prefix_tree import page_keys
 from jaxserve.schedulers.slicing import SliceLength, Slicing, SlicingView
+from jaxserve.schedulers.victims import Runner, VictimKey
 
 Planned = tuple[SlicePlan, list[tuple[Sequence, int]], int]
 
@@ -37,6 +38,7 @@ class Core(Protocol):
     order: Order
     admission: Admission
     slicing: Slicing
+    victim_key: VictimKey | None
     jobs: dict[int, Job]
     statistics_now: EngineStatistics
 
@@ -144,7 +146,7 @@ class Planner:
         return tokens
 
     def _plan_decode(self, steps: int) -> None:
-        for row in self._decoding():
+        for row in self._victims_last(self._decoding()):
             if row.phase is not Phase.DECODE:  # preempted for somebody in front of it
                 continue
             allowed = self._grow_or_preempt(row, self._allowed(row, steps))
@@ -164,11 +166,11 @@ class Planner:
             if self._pages_will_return():
                 return 0
             victim = self._victim()
+            if any(other.job is victim for other, _ in self._sequences):
+                return 0  # it runs in this slice, and will make room
             if victim is not row.job:
                 self._core.preempt(victim)
                 continue
-            if any(other.job is victim for other, _ in self._sequences):
-                return 0  # its other samples run in this slice, and will make room
             if len(self._core.order.running()) == 1 and len(victim.sequences) == 1:
                 if not row.ahead:  # else what is in flight is still to be delivered
                     self._core.outgrown(victim)
@@ -198,12 +200,28 @@ class Planner:
         return evicting or self._pool.statistics().retiring > 0
 
     def _victim(self) -> Job:
-        """The last in the order that is not on its way out."""
-        for number in reversed(self._core.order.running()):
-            job = self._core.jobs[number]
-            if all(row.phase is not Phase.EVICTING for row in job.rows()):
-                return job
-        raise AssertionError("somebody runs, or nobody would want a page")
+        """Who gives way next, by the victim rule, of those that are not on their way out."""
+        jobs = (self._core.jobs[number] for number in self._core.order.running())
+        staying = [
+            job for job in jobs if all(row.phase is not Phase.EVICTING for row in job.rows())
+        ]
+        assert staying, "somebody runs, or nobody would want a page"
+        return sorted(staying, key=self._victim_rank)[-1]
+
+    def _victims_last(self, rows: list[Sequence]) -> list[Sequence]:
+        """Rows, given in the order, with who gives way first at the end, so that a victim is not in
+        the slice already: planning does not change ranks."""
+        if self._core.victim_key is None:
+            return rows
+        return sorted(rows, key=lambda row: self._victim_rank(row.job))
+
+    def _victim_rank(self, job: Job) -> tuple[int, ...]:
+        """Largest gives way first, and of equals the last in the order."""
+        key = self._core.victim_key
+        if key is None:
+            return ()
+        made = sum(len(row.made) for row in job.sequences)
+        return key(Runner(job.number, job.request.prompt.size, made))
 
     # Prompts.
 
@@ -339,17 +357,29 @@ class Planner:
             self._note_admission(job, now_s)
 
     def running_rows(self) -> RunningRows:
-        """Every row that holds a lease, as admission rules see it."""
+        """Every row that holds a lease, or will share its parent's, as admission rules see it."""
+        jobs = self._core.jobs
         return RunningRows(
-            Running(
-                held=row.length + row.ahead,
-                leased_pages=len(row.lease.pages),
-                remaining=row.remaining - row.ahead,
-                made=len(row.made) + row.ahead,
-            )
-            for row in self._running()
-            if row.lease is not None
+            row for number in self._core.order.running() for row in self._as_running(jobs[number])
         )
+
+    def _as_running(self, job: Job) -> list[Running]:
+        """Samples that have not forked yet hold their prompt: the first all of the parent's lease,
+        the others its whole pages."""
+        client, rows = job.request.client, []
+        whole = job.request.prompt.size // self._pool.page_size
+        for place, row in enumerate(job.sequences):
+            lease, ahead = row.lease, row.ahead
+            if lease is None and job.parent is not None:
+                lease = job.parent.lease
+            if lease is not None:
+                shared = place and row.lease is None
+                leased = min(whole, len(lease.pages)) if shared else len(lease.pages)
+                made = len(row.made) + ahead
+                rows.append(
+                    Running(row.length + ahead, leased, row.remaining - ahead, made, client)
+                )
+        return rows
 
     def _queued_prefill(self) -> int:
         return sum(row.length - row.computed for row in self._prefilling())
@@ -367,6 +397,8 @@ class Planner:
             cost_pages=sum(self._pool.cost(each, match) for each in sizes),
             max_output=max(row.remaining for row in rows),
             num_samples=len(rows) if fresh else 1,
+            client=job.request.client,
+            made=max(len(row.made) for row in rows),
         )
         memory = self.memory(self._pool.num_available, steps)
         if not self._core.admission.admits(candidate, running, memory):
@@ -382,9 +414,8 @@ class Planner:
             row.computed = granted.lease.num_shared * size
             left += row.length - row.computed
         self._seat(job, leaders, fresh, left)
-        for row in leaders:
-            if row.lease is not None:
-                running.append(Running(row.length, len(row.lease.pages), row.remaining))
+        for row in self._as_running(job):
+            running.append(row)
         return left
 
     def _unseat(self, rows: list[Sequence]) -> None:

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ADMISSIONS, SchedulerConfig
+from jaxserve.config import SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.errors import BadRequest, QueueFull
 from jaxserve.request import Delta, FinishReason, Limits, Request, SamplingParams
-from jaxserve.schedulers.catalog import ORDERS
+from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS
 from jaxserve.schedulers.prefix_tree import page_keys
 
 VOCAB, CONTEXT, EOS = 97, 256, 13
