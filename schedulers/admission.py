@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, overload, runtime_checkable
 
 from .estimators.output_length import OutputLength
-from .parameters import positive, require
+from .parameters import require
 from .peak_memory import PeakMemory
 
 
@@ -219,8 +219,9 @@ class RatioParameters:
     def __post_init__(self) -> None:
         require(0 < self.start <= 1, "start", self.start, "a number in (0, 1]")
         require(0 <= self.floor <= 1, "floor", self.floor, "a number in [0, 1]")
-        positive("decay_steps", self.decay_steps)
-        positive("clip", self.clip)
+        for name in ("decay_steps", "clip"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "1 or more")
 
 
 class Ratio(BaseAdmission):
@@ -286,7 +287,7 @@ class PastFutureParameters:
     """
 
     hist: int = 1000
-    u: float = 0.8
+    u: float = 0.7
     min_samples: int = 16
     slack: int = 0
     expect: int = 0

@@ -194,7 +194,7 @@ class Adaptive:
     def choose(self, view: SlicingView) -> SliceLength:
         rows = max(1, len(view.remaining))
         if view.cut_prompts:
-            steps, depth = self._bounded(1, view, rows, self._bounds.depth)
+            steps, depth = self._bounded(1.0, view, rows, self._bounds.depth)
             return SliceLength(steps, rows, depth)
         step_s, fixed_s = self._step_s(view, rows)
         ends = rows * max(self._ended / self._made, 1e-6) if view.backlog else 0.0
