@@ -263,19 +263,17 @@ class Ratio(BaseAdmission):
 class Peak(BaseAdmission):
     """The most memory that will ever be held at once must fit (ModelTC/lightllm), page-exact.
 
-    With true lengths, and rows that run in step, there are no preemptions.
+    With true lengths, and rows that run in step, there are no preemptions. There a prompt runs by
+    itself and is counted with the token it yields; here it runs beside the others' next token, and
+    so all are counted from now on.
     """
 
     def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
         peak = running.peak(
             ("most", memory.page_size), lambda row: row.remaining, page_size=memory.page_size
         )
-        return _peak_with(candidate, candidate.max_output, peak) <= memory.total_pages
-
-
-def _peak_with(candidate: Candidate, output: int, peak: PeakMemory) -> int:
-    # The prefill yields one token: it is held, and one less remains.
-    return peak.pages_with(candidate.num_tokens + 1, output - 1, candidate.num_samples)
+        pages = peak.pages_with(candidate.num_tokens, candidate.max_output, candidate.num_samples)
+        return pages <= memory.total_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +319,8 @@ class PastFuture(BaseAdmission):
             page_size=memory.page_size,
         )
         output = self._remaining(candidate.client, candidate.made, candidate.max_output)
-        return _peak_with(candidate, max(1, output), peak) <= memory.total_pages
+        pages = peak.pages_with(candidate.num_tokens, output, candidate.num_samples)
+        return pages <= memory.total_pages
 
     def finished(self, client: str, num_tokens: int) -> None:
         self._lengths.finished(client, num_tokens)

@@ -32,7 +32,7 @@ class Bilinear:
     length: float
     fixed: float
 
-    def seconds(self, rows: float, length: float) -> float:
+    def seconds(self, rows: int, length: int) -> float:
         return (self.rows_length * rows + self.length) * length + self.rows * rows + self.fixed
 
 
