@@ -17,13 +17,13 @@ class PeakMemory:
 
     def __init__(self, page_size: int):
         self._page_size = page_size
-        self._held = np.zeros(0, np.int64)
-        self._remaining = np.zeros(0, np.int64)
+        self._held = np.zeros(0, np.int32)
+        self._remaining = np.zeros(0, np.int32)
         self._at_end = np.zeros(0, np.int64)  # pages held when each row ends
 
     def join(self, held: Sequence[int], remaining: Sequence[int]) -> None:
         """Rows join: tokens that each holds, and tokens that it will still make."""
-        new_held, new_remaining = np.array(held, np.int64), np.array(remaining, np.int64)
+        new_held, new_remaining = np.array(held, np.int32), np.array(remaining, np.int32)
         old = self._at_end + self._pages(self._remaining, new_held, new_remaining)
         self._held = np.concatenate([self._held, new_held])
         self._remaining = np.concatenate([self._remaining, new_remaining])
@@ -36,13 +36,15 @@ class PeakMemory:
 
     def pages_with(self, held: int, remaining: int, copies: int) -> int:
         """The peak if `copies` more rows joined that hold and will make so many tokens."""
-        ends = self._remaining
-        own = np.where(ends <= remaining, -(-(held + ends) // self._page_size), 0)
-        others = np.where(ends >= remaining, -(-(self._held + remaining) // self._page_size), 0)
-        at_own_end = int(others.sum()) + copies * -(-(held + remaining) // self._page_size)
+        ends, up = self._remaining, self._page_size - 1
+        own = (ends <= remaining) * ((ends + (held + up)) // self._page_size)
+        others = (ends >= remaining) * ((self._held + (remaining + up)) // self._page_size)
+        at_own_end = int(others.sum()) + copies * ((held + remaining + up) // self._page_size)
         return max(int((self._at_end + copies * own).max(initial=0)), at_own_end)
 
     def _pages(self, steps: np.ndarray, held: np.ndarray, remaining: np.ndarray) -> np.ndarray:
         """Pages that rows [n] hold after `steps` [k] steps, those that ended not counted: [k]."""
-        grown = -(-(held[None, :] + steps[:, None]) // self._page_size)
-        return np.where(remaining[None, :] >= steps[:, None], grown, 0).sum(axis=1)
+        pages = held[None, :] + (steps[:, None] + (self._page_size - 1))
+        pages //= self._page_size  # in place: this is most of what admission costs
+        pages *= remaining[None, :] >= steps[:, None]
+        return pages.sum(axis=1, dtype=np.int64)
