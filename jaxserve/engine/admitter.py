@@ -73,19 +73,30 @@ class Admitter:
         )
 
     def running_rows(self) -> RunningRows:
-        """Every row that holds a lease, as admission rules see it."""
+        """Every row that holds a lease, or will share its parent's, as admission rules see it."""
         jobs = self._core.jobs
         return RunningRows(
-            Running(
-                held=row.length + row.ahead,
-                leased_pages=len(row.lease.pages),
-                remaining=row.max_length - row.length - row.ahead,
-                made=len(row.made) + row.ahead,
-            )
-            for number in self._core.order.running()
-            for row in jobs[number].sequences
-            if row.lease is not None
+            [row for number in self._core.order.running() for row in self._as_running(jobs[number])]
         )
+
+    def _as_running(self, job: Job) -> list[Running]:
+        """Samples that have not forked yet hold their prompt: the first all of the parent's lease,
+        the others its whole pages."""
+        rows: list[Running] = []
+        client = job.request.client
+        for place, row in enumerate(job.sequences):
+            lease, known = row.lease, row.length + row.ahead
+            if lease is not None:
+                leased = len(lease.pages)
+            elif job.parent is not None and job.parent.lease is not None:
+                leased = len(job.parent.lease.pages)
+                if place:
+                    leased = min(leased, job.request.prompt.size // self._pool.page_size)
+            else:
+                continue
+            made = len(row.made) + row.ahead
+            rows.append(Running(known, leased, row.max_length - known, made, client))
+        return rows
 
     def admit(self, steps: int, *, budget: int, now_s: float) -> bool:
         """Seat whom the order names until somebody does not fit, or `budget` prompt tokens are
@@ -126,6 +137,8 @@ class Admitter:
             cost_pages=sum([pool.cost(row.length, match) for row in leaders]),
             max_output=max([row.remaining for row in rows]),
             num_samples=len(rows) if fresh else 1,
+            client=job.request.client,
+            made=max([len(row.made) for row in rows]),
         )
         memory = self.memory(pool.num_available, steps)
         if not self._core.admission.admits(candidate, running, memory):
@@ -142,9 +155,7 @@ class Admitter:
             row.computed = row.lease.num_shared * pool.page_size
             left += row.length - row.computed
         self._seat(job, leaders, fresh, left)
-        for row in leaders:
-            if row.lease is not None:
-                running.append(Running(row.length, len(row.lease.pages), row.remaining))
+        running.extend(self._as_running(job))
         return left
 
     def _unseat(self, rows: list[Sequence]) -> None:

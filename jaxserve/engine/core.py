@@ -15,7 +15,7 @@ from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
 from jaxserve.engine.admitter import Admitter
-from jaxserve.engine.core_config import CoreConfig, make_slicing
+from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
 from jaxserve.engine.prefixes import Prefixes
@@ -29,8 +29,8 @@ from jaxserve.request import (
     TokenLogprob,
     check_request,
 )
-from jaxserve.schedulers.admission import ADMISSIONS, Candidate, RunningRows
-from jaxserve.schedulers.catalog import make_order
+from jaxserve.schedulers.admission import Candidate, RunningRows
+from jaxserve.schedulers.catalog import make_admission, make_order, victim_key
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt, Ran
 from jaxserve.schedulers.order import Order
@@ -76,8 +76,9 @@ class EngineCore:
         order = make_order(scheduler.order, scheduler.order_options, page_size=config.page_size)
         self.meter = ServiceMeter(order)
         self.order: Order = self.meter  # counts what each client is served, and hands events on
-        self.admission = ADMISSIONS[config.scheduler.admission]()
-        self.slicing = make_slicing(config.scheduler, config.limits)
+        self.admission = make_admission(scheduler.admission, scheduler.admission_options)
+        self.slicing = scheduler.make_slicing(max_context=config.limits.max_context)
+        self.victim_key = victim_key(scheduler.victim)
         self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=self.order.on)
         self.jobs: dict[int, Job] = {}
         self._number_of: dict[str, int] = {}
@@ -167,6 +168,8 @@ class EngineCore:
         for sequence in ended:
             if keep_tokens is not None:
                 sequence.keep(keep_tokens)
+            if reason is FinishReason.STOP:
+                self.admission.finished(job.request.client, len(sequence.made))
             self._end(sequence, reason, event=Abort)
         return bool(ended)
 
@@ -205,10 +208,12 @@ class EngineCore:
         ended = self._take_in(flight, result, now_s)
         prompts = flight.steps.count(0)  # chunks that do not end their prompt
         shape = SliceShape(result.steps_run, result.rows_run, attended, result.prefill_run)
-        self.slicing.ran(shape, slice_s=result.slice_s, host_s=result.host_s, finished=ended)
+        made = statistics.output_tokens - made_before
+        self.slicing.ran(
+            shape, slice_s=result.slice_s, host_s=result.host_s, made=made, finished=ended
+        )
         self.admission.ticked(result.steps_run)
         row_steps = result.steps_run * len(flight.rows)
-        made = statistics.output_tokens - made_before
         statistics.steps += result.steps_run
         statistics.row_steps += row_steps
         statistics.slice_idle_row_steps += row_steps - made - prompts
@@ -278,6 +283,8 @@ class EngineCore:
         """Of a row that ended, or that is preempted once its last slice is parsed."""
         job, code = row.job, Code(int(result.codes[place]))
         if code is not Code.RUNNING:
+            if code is not Code.ERROR:
+                self.admission.finished(job.request.client, len(row.made))
             self._emit(row, tokens, result=result, place=place, finish=_REASONS[code])
             self._end(row, None, event=Finish)
             if not job.sequences and job.first_token_s is not None:
@@ -383,6 +390,7 @@ class EngineCore:
             cost_pages=self.pool.pages_for(request.prompt.size),
             max_output=max_output,
             num_samples=request.params.n,
+            client=request.client,
         )
         memory = self._admitter.memory(self.pool.num_pages, self.slicing.max_steps)
         if not self.admission.admits(candidate, RunningRows(), memory):

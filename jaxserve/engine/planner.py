@@ -18,6 +18,7 @@ from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.schedulers.events import Enact, Ran, Tick
 from jaxserve.schedulers.pages import Forked, Granted, OutOfPages
 from jaxserve.schedulers.slicing import SliceLength, Slicing, SlicingView
+from jaxserve.schedulers.victims import Runner, VictimKey
 
 Planned = tuple[SlicePlan, list[Sequence], int]
 
@@ -27,6 +28,7 @@ class Core(admitter.Core, Protocol):
     """What the planner sees of the engine core."""
 
     slicing: Slicing
+    victim_key: VictimKey | None
 
     def preempt(self, job: Job) -> None: ...
 
@@ -143,7 +145,7 @@ class Planner:
 
     def _plan_decode(self, rows: list[Sequence], steps: int) -> None:
         size, decode = self._pool.page_size, Phase.DECODE
-        for row in rows:
+        for row in self._victims_last(rows):
             if row.phase is not decode:  # preempted for somebody in front of it
                 continue
             known, lease = row.length + row.ahead, row.lease
@@ -163,11 +165,11 @@ class Planner:
             if self._pages_will_return():
                 return 0
             victim = self._victim()
+            if any(other.job is victim for other in self._sequences):
+                return 0  # it runs in this slice, and will make room
             if victim is not row.job:
                 self._core.preempt(victim)
                 continue
-            if any(other.job is victim for other in self._sequences):
-                return 0  # its other samples run in this slice, and will make room
             if len(self._core.order.running()) == 1 and len(victim.sequences) == 1:
                 if not row.ahead:  # else what is in flight is still to be delivered
                     self._core.outgrown(victim)
@@ -192,11 +194,29 @@ class Planner:
         return evicting or self._pool.statistics().retiring > 0
 
     def _victim(self) -> Job:
-        """The last in the order that is not on its way out."""
-        for job in reversed(self._running()):
-            if all(row.phase is not Phase.EVICTING for row in job.rows()):
-                return job
-        raise AssertionError("somebody runs, or nobody would want a page")
+        """Who gives way next, by the victim rule, of those that are not on their way out."""
+        staying = [
+            job
+            for job in self._running()
+            if all(row.phase is not Phase.EVICTING for row in job.rows())
+        ]
+        assert staying, "somebody runs, or nobody would want a page"
+        return sorted(staying, key=self._victim_rank)[-1]
+
+    def _victims_last(self, rows: list[Sequence]) -> list[Sequence]:
+        """Rows, given in the order, with who gives way first at the end, so that a victim is not in
+        the slice already: planning does not change ranks."""
+        if self._core.victim_key is None:
+            return rows
+        return sorted(rows, key=lambda row: self._victim_rank(row.job))
+
+    def _victim_rank(self, job: Job) -> tuple[int, ...]:
+        """Largest gives way first, and of equals the last in the order."""
+        key = self._core.victim_key
+        if key is None:
+            return ()
+        made = sum(len(row.made) for row in job.sequences)
+        return key(Runner(job.number, job.request.prompt.size, made))
 
     # Prompts.
 

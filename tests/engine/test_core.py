@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ADMISSIONS, SchedulerConfig
+from jaxserve.config import SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.errors import BadRequest, QueueFull
 from jaxserve.request import Delta, FinishReason, Limits, Request, SamplingParams
-from jaxserve.schedulers.catalog import ORDERS
+from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, VICTIMS
 from jaxserve.schedulers.prefix_tree import page_keys
 
 VOCAB, CONTEXT, EOS = 97, 256, 13
@@ -347,12 +347,13 @@ def test_what_can_never_run_is_refused() -> None:
     seed=st.integers(0, 2**32 - 1),
     num_pages=st.integers(12, 80),
     slicing=st.sampled_from(["iteration", "fixed", "adaptive"]),
-    admission=st.sampled_from(ADMISSIONS),
+    admission=st.sampled_from(list(ADMISSIONS)),
     order=st.sampled_from(list(ORDERS)),
+    victim=st.sampled_from(list(VICTIMS)),
     overlap=st.booleans(),
 )
 def test_no_page_is_lost_whatever_happens(
-    seed: int, num_pages: int, slicing: str, admission: str, order: str, overlap: bool
+    seed: int, num_pages: int, slicing: str, admission: str, order: str, victim: str, overlap: bool
 ) -> None:
     """Random arrivals, forks, aborts, row limits, preemptions and finishes, in any interleaving."""
     rng = np.random.default_rng(seed)
@@ -362,6 +363,7 @@ def test_no_page_is_lost_whatever_happens(
         admission=admission,
         order=order,
         order_options=ORDERS[order].tight,
+        victim=victim,
         overlap=overlap,
     )
     harness, requests, aborted = Harness(core), {}, set()
@@ -409,4 +411,64 @@ def test_no_page_is_lost_whatever_happens(
             else:
                 assert name in aborted or finish.message
                 assert harness.tokens[name, sample] == whole[: len(harness.tokens[name, sample])]
+    if "never_preempts" in ADMISSIONS[admission].laws:
+        assert not core.statistics().preemptions
     assert_all_pages_back(core)
+
+
+@pytest.mark.parametrize(
+    ("victim", "first"), [("order", "b"), ("newest", "c"), ("fewest_made", "a")]
+)
+def test_who_gives_way_is_up_to_the_victim_rule(victim: str, first: str) -> None:
+    core = make_core(num_pages=15, admission="reserve_prompt", order="priority", victim=victim)
+    preempted: list[str] = []
+    preempt = core.preempt
+
+    def watched(job) -> None:
+        preempted.append(job.request.request_id)
+        preempt(job)
+
+    core.preempt = watched
+    harness = Harness(core)
+    # "c" is the most urgent and starts first; "a" and "b" start in the next slice, "b" ranks last.
+    requests = [
+        make_request("a", [1] * 30, max_tokens=60, priority=5),
+        make_request("b", [2] * 2, max_tokens=60, priority=9),
+        make_request("c", [3] * 17, max_tokens=60, priority=1),
+    ]
+    for request in requests:
+        harness.submit(request)
+    harness.run()
+    assert preempted[0] == first
+    for request in requests:
+        assert harness.tokens[request.request_id, 0] == expected(request)
+    assert_all_pages_back(core)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_one_request_always_runs_on(victim: str) -> None:
+    core = make_core(num_pages=14, admission="reserve_prompt", victim=victim)
+    harness = Harness(core)
+    for i in range(4):
+        harness.submit(make_request(f"r{i}", [i] * 9, max_tokens=100))
+    harness.run()
+    assert core.statistics().preemptions
+    assert all(len(harness.tokens[f"r{i}", 0]) == 100 for i in range(4))
+
+
+def test_past_future_lets_in_by_what_ended_before() -> None:
+    def running_at_once(*outputs: int) -> int:
+        core = make_core(num_pages=24, admission="past_future", max_prefill_tokens=256)
+        harness = Harness(core)
+        for i, output in enumerate(outputs):  # the device counts up from the last prompt token
+            params = {"max_tokens": 90, "stop_token_ids": (40,)}
+            harness.submit(make_request(f"h{i}", [40 - output], **params))
+            harness.run()
+        for i in range(8):
+            harness.submit(make_request(f"r{i}", [50 + i] * 8, max_tokens=90))
+        harness.dispatch()
+        return len(core.order.running())
+
+    assert running_at_once(*[4] * 20) == 8
+    assert running_at_once(*[30] * 20) == 4
+    assert running_at_once() == 1
