@@ -208,11 +208,13 @@ def test_dlpm_keeps_twice_its_bound_whatever_was_before(known, site) -> None:
         assert gap(crowd.served(), before) <= bound
 
 
-def vtcs_most(known: VtcParameters, site: Site) -> float:
-    """Half its bound: papers.md 4.1 has max(w_in * longest prompt, w_out * tokens of a batch), for
-    prices of which output's is the higher one."""
-    batch = site.slots * (LONGEST_PROMPT + MOST_OUTPUT)
-    return max(known.w_in, known.w_out) * batch
+def vtcs_most(crowd: Crowd) -> float:
+    """Half its bound. That of papers.md 4.1 needs an output token to cost as much as a prompt's."""
+    engine = crowd.engine
+    if engine.w_in > engine.w_out:
+        return crowd.overdraft
+    batch = engine.slots * (LONGEST_PROMPT + MOST_OUTPUT)
+    return min(crowd.overdraft, max(engine.w_in * LONGEST_PROMPT, engine.w_out * batch))
 
 
 @FEW
@@ -222,7 +224,7 @@ def test_vtc_keeps_its_bound_at_every_instant(known, site, heavy) -> None:
     crowd = Crowd(known, site, {"a": heavy, "b": 1.0, "c": 1.0})
     for _ in crowd.overload(40):
         served = crowd.served()
-        bound = 2 * vtcs_most(known, site) + crowd.untold
+        bound = 2 * vtcs_most(crowd) + crowd.untold
         assert max(served.values()) - min(served.values()) <= bound
         for name, counter in crowd.order.counters().items():
             assert counter == pytest.approx(crowd.told(name) / crowd.weights[name])
@@ -241,7 +243,7 @@ def test_vtcs_lift_leaves_no_credit_of_an_idle_time(known, site) -> None:
     assert crowd.order.counters()["c"] == min(counters["a"], counters["b"])
     before = crowd.served()
     for _ in crowd.overload(20):
-        bound = 2 * (vtcs_most(known, site) + crowd.untold)
+        bound = 2 * (vtcs_most(crowd) + crowd.untold)
         assert gap(crowd.served(), before) <= bound
 
 
