@@ -21,6 +21,7 @@ from sortedcontainers import SortedDict
 from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
 from ..parameters import not_negative, positive
 from ..prefix_tree import Cleared, Removed, Stored
+from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
 from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
 
@@ -92,7 +93,8 @@ class Dlpm:
         )
         self._clients: dict[str, _Client] = {}
         self._tree = WaitingTree()  # a lane per client
-        self._ready: SortedDict = SortedDict()  # key -> client, of those with credit and a queue
+        self._ready: Ranking[Any, _Client] = Ranking()  # those with credit and a queue
+        self._moved: dict[_Client, None] = {}  # who may stand elsewhere now, until somebody asks
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
@@ -116,20 +118,23 @@ class Dlpm:
             case Tick(now_s=now_s):
                 self._tick(now_s)
             case Stored() | Removed() | Cleared():
-                for name in self._tree.on(event):
-                    self._place(self._clients[name])
+                self._tree.on(event)
             case _:
                 pass
 
     def next(self) -> RequestNumber | None:
+        self._settle()
         if not self._ready:
             self._refill()
-        return self._candidate(self._ready.peekitem(0)[1]) if self._ready else None
+            self._settle()
+        return self._candidate(self._ready[self._ready.least()]) if self._ready else None
 
     def waiting(self) -> Iterator[RequestNumber]:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
+        self._settle()
+        ready = (self._ready[key] for key in self._ready.ascending())
         others = (client for client in self._clients.values() if client.key is None)
-        for client in chain(self._ready.values(), others):
+        for client in chain(ready, others):
             yield from (rank[-1] for rank in self._tree.ranks(client.name))
 
     def running(self) -> list[RequestNumber]:
@@ -242,14 +247,23 @@ class Dlpm:
         return first[-1]
 
     def _place(self, client: _Client) -> None:
-        """Bring the index up to date about a client."""
-        key = None
-        if client.since and client.free_credit > 0:
-            rank = (self._candidate(client),)
-            key = longest_match(self._tree.match(rank), rank)
-        if key != client.key:
-            if client.key is not None:
-                del self._ready[client.key]
-            if key is not None:
-                self._ready[key] = client
-            client.key = key
+        """The client may stand elsewhere now."""
+        self._moved[client] = None
+
+    def _settle(self) -> None:
+        """Bring the index up to date, once for all that happened since it was."""
+        for name in self._tree.changed_lanes():
+            if name in self._clients:
+                self._moved[self._clients[name]] = None
+        for client in self._moved:
+            key = None
+            if client.since and client.free_credit > 0:
+                rank = (self._candidate(client),)
+                key = longest_match(self._tree.match(rank), rank)
+            if key != client.key:
+                if client.key is not None:
+                    del self._ready[client.key]
+                if key is not None:
+                    self._ready.put(key, client)
+                client.key = key
+        self._moved.clear()

@@ -6,19 +6,23 @@ does not fall back to arrival order: the tree of waiting prompts makes a change 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
 from ..prefix_tree import Cleared, Removed, Stored
 from ..waiting_tree import Rank, WaitingTree
+from ..weighted_tree import WeightedTree
+
+SomeTree = TypeVar("SomeTree", WaitingTree, WeightedTree)
 
 
-class PrefixOrder(ABC):
+class PrefixOrder(ABC, Generic[SomeTree]):
     """Base of orders by what of each prompt is cached; running requests stand by arrival.
 
     `tree` says how a match weighs against a rank, `rank` how requests with one match stand.
     """
 
-    def __init__(self, tree: WaitingTree):
+    def __init__(self, tree: SomeTree):
         self._tree = tree
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, None] = {}
@@ -62,7 +66,7 @@ class PrefixOrder(ABC):
         return sorted(self._running)
 
 
-class Lpm(PrefixOrder):
+class Lpm(PrefixOrder[WaitingTree]):
     """Longest match first, ties by arrival. Starves whoever shares nothing with the others."""
 
     def __init__(self) -> None:

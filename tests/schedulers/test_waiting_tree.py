@@ -43,7 +43,8 @@ class WaitingPrompts(RuleBasedStateMachine):
             for rank, keys in self.waiting.items()
             if self.match(keys) != before[rank]
         }
-        assert concerned <= set(self.tree.on(change))
+        self.tree.on(change)
+        assert concerned <= set(self.tree.changed_lanes())
 
     def matches(self) -> dict[tuple[int], int]:
         return {rank: self.match(keys) for rank, keys in self.waiting.items()}
@@ -94,7 +95,8 @@ class WaitingPrompts(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_of_who_left(self) -> None:
         if not self.waiting:
-            assert not self.tree._root.children and not self.tree._at and not self.tree._groups
+            assert not self.tree._root.children and not self.tree._at and not self.tree._homes
+            assert not self.tree._root.home.below
 
 
 TestWaitingPrompts = WaitingPrompts.TestCase
