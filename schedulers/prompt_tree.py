@@ -122,15 +122,14 @@ class PromptTree(ABC, Generic[SomeHome]):
 
     def on(self, change: Stored | Removed | Cleared) -> None:
         """Take note of a change of the cache."""
-        match change:
-            case Stored(parent_key=parent_key, keys=keys):
-                self._stored(parent_key, keys)
-            case Removed(keys=keys):
-                self._removed(keys)
-            case Cleared():
-                # Deepest first, as evictions come.
-                for node in sorted(set(self._at.values()), key=lambda node: -node.start):
-                    self._set_cached(node, 0)
+        if isinstance(change, Stored):
+            self._stored(change.parent_key, change.keys)
+        elif isinstance(change, Removed):
+            self._removed(change.keys)
+        else:
+            # Deepest first, as evictions come.
+            for node in sorted(set(self._at.values()), key=lambda node: -node.start):
+                self._set_cached(node, 0)
 
     def _stored(self, parent_key: bytes, keys: Sequence[bytes]) -> None:
         node = self._root if parent_key == NO_PARENT else self._at.get(parent_key)
@@ -146,6 +145,8 @@ class PromptTree(ABC, Generic[SomeHome]):
             place += common
 
     def _removed(self, keys: Sequence[bytes]) -> None:
+        if self._at.keys().isdisjoint(keys):
+            return  # mostly: and this is the fastest way to know
         # Children come before parents, so that the last key of a run to go says what is left of it.
         left: dict[Node, int] = {}
         for key in keys:

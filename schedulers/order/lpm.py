@@ -12,6 +12,7 @@ from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
 from ..prefix_tree import Cleared, Removed, Stored
 from ..waiting_tree import Rank, WaitingTree
 from ..weighted_tree import WeightedTree
+from .base import Takes
 
 SomeTree = TypeVar("SomeTree", WaitingTree, WeightedTree)
 
@@ -26,33 +27,25 @@ class PrefixOrder(ABC, Generic[SomeTree]):
         self._tree = tree
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, None] = {}
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            Stored: tree.on,
+            Removed: tree.on,
+            Cleared: tree.on,
+        }
 
     @abstractmethod
     def rank(self, event: Arrive) -> Rank:
         """Smallest first; the last part is the request's number."""
 
     def on(self, event: Event) -> None:
-        match event:
-            case Arrive():
-                self._arrivals[event.number] = event
-                self._tree.add(self.rank(event), event.page_keys, event.num_cached)
-            case Admit(number=number):
-                self._tree.remove(self.rank(self._arrivals[number]))
-                self._running[number] = None
-            case Preempt(number=number, num_cached=num_cached):
-                arrival = self._arrivals[number]
-                del self._running[number]
-                self._tree.add(self.rank(arrival), arrival.page_keys, num_cached)
-            case Finish(number=number) | Abort(number=number):
-                arrival = self._arrivals.pop(number)
-                if number in self._running:
-                    del self._running[number]
-                else:
-                    self._tree.remove(self.rank(arrival))
-            case Stored() | Removed() | Cleared():
-                self._tree.on(event)
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
         rank = self._tree.first()
@@ -64,6 +57,26 @@ class PrefixOrder(ABC, Generic[SomeTree]):
 
     def running(self) -> list[RequestNumber]:
         return sorted(self._running)
+
+    def _arrive(self, event: Arrive) -> None:
+        self._arrivals[event.number] = event
+        self._tree.add(self.rank(event), event.page_keys, event.num_cached)
+
+    def _admit(self, event: Admit) -> None:
+        self._tree.remove(self.rank(self._arrivals[event.number]))
+        self._running[event.number] = None
+
+    def _preempt(self, event: Preempt) -> None:
+        arrival = self._arrivals[event.number]
+        del self._running[event.number]
+        self._tree.add(self.rank(arrival), arrival.page_keys, event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        arrival = self._arrivals.pop(event.number)
+        if event.number in self._running:
+            del self._running[event.number]
+        else:
+            self._tree.remove(self.rank(arrival))
 
 
 class Lpm(PrefixOrder[WaitingTree]):

@@ -20,6 +20,7 @@ from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Reques
 from ..prefix_tree import Cleared, Removed, Stored
 from ..prompt_tree import Home, Node, PromptTree
 from ..ranking import Ranking
+from .base import Takes
 
 FIRST_SIZE: Final = 64
 
@@ -160,6 +161,18 @@ class ResponseRatio:
         self._key_of: dict[RequestNumber, Key] = {}
         self._last: Key = NOBODY
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Enact: self._enact,
+            Tick: self._tick,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            Stored: self._matches.on,
+            Removed: self._matches.on,
+            Cleared: self._matches.on,
+        }
 
     def came(self, event: Arrive) -> float:
         """The clock at a request's arrival, in tokens."""
@@ -172,35 +185,9 @@ class ResponseRatio:
         return self._clock + sum([num_prompt for _, num_prompt, _ in event.ran])
 
     def on(self, event: Event) -> None:
-        match event:
-            case Stored() | Removed() | Cleared():
-                self._matches.on(event)
-            case Arrive(number=number):
-                request = _Request(self.came(event), event.num_prompt_tokens, event.page_keys)
-                self._requests[number] = request
-                self._queue(number, request, event.num_cached)
-            case Admit(number=number, num_extend_tokens=extend):
-                self._leave(number)
-                self._running.add(number, self._requests[number].came, extend)
-                self._sorted = None
-            case Finish(number=number) | Abort(number=number):
-                del self._requests[number]
-                if number in self._running.row_of:
-                    self._stop(number)
-                else:
-                    self._leave(number)
-            case Enact(ran=ran):
-                self._set_clock(self.clock_after(event))
-                requests = self._requests
-                for number, _, num_output in ran:
-                    requests[number].made += num_output
-            case Tick():
-                self._set_clock(self.clock_after(event))
-            case Preempt(number=number, num_cached=num_cached):
-                self._stop(number)
-                self._queue(number, self._requests[number], num_cached)
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
         self._settle()
@@ -233,6 +220,38 @@ class ResponseRatio:
         return _ratios(self._clock - rows.came, uncached)
 
     # Requests.
+
+    def _arrive(self, event: Arrive) -> None:
+        request = _Request(self.came(event), event.num_prompt_tokens, event.page_keys)
+        self._requests[event.number] = request
+        self._queue(event.number, request, event.num_cached)
+
+    def _admit(self, event: Admit) -> None:
+        number = event.number
+        self._leave(number)
+        self._running.add(number, self._requests[number].came, event.num_extend_tokens)
+        self._sorted = None
+
+    def _enact(self, event: Enact) -> None:
+        self._set_clock(self.clock_after(event))
+        requests = self._requests
+        for number, _, num_output in event.ran:
+            requests[number].made += num_output
+
+    def _tick(self, event: Tick) -> None:
+        self._set_clock(self.clock_after(event))
+
+    def _preempt(self, event: Preempt) -> None:
+        self._stop(event.number)
+        self._queue(event.number, self._requests[event.number], event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        number = event.number
+        if number in self._running.row_of:
+            self._stop(number)
+        else:
+            self._leave(number)
+        del self._requests[number]
 
     def _queue(self, number: RequestNumber, request: _Request, num_cached: int) -> None:
         self._waiting.add(number, request.came, request.num_prompt_tokens + request.made)
