@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Generic, TypeVar
 
+from .events import Takes
 from .prefix_tree import NO_PARENT, Cleared, Removed, Stored
 
 Rank = Any
@@ -27,7 +28,8 @@ unique, smallest first."""
 
 class Node:
     """See the module docstring. `ends` are the requests that end here, with their lanes; `since`
-    numbers the ways of waiting prompts by when somebody first went there."""
+    numbers the ways of waiting prompts by when somebody first went there; `home` is where those live
+    that end here."""
 
     __slots__ = ("cached", "children", "ends", "home", "parent", "run", "since", "start")
 
@@ -36,7 +38,7 @@ class Node:
         self.cached = 0
         self.children: dict[bytes, Node] = {}
         self.ends: dict[Rank, str] = {}
-        self.home: Any = None
+        self.home: Any = parent and parent.home
 
 
 class Home:
@@ -67,6 +69,11 @@ class PromptTree(ABC, Generic[SomeHome]):
         self._num_grown = 0
         self._root: Final = Node(None, (), 0, 0)
         self._root.home = self._make_home(self._root, None)
+        self.takes: Final[Takes] = {
+            Stored: self._stored,
+            Removed: self._removed,
+            Cleared: self._cleared,
+        }
 
     # What a subclass keeps.
 
@@ -104,36 +111,29 @@ class PromptTree(ABC, Generic[SomeHome]):
         """Let a request wait; `num_cached` of `keys` are cached. No two ranks are equal."""
         node = self._node_of[rank] = self._descend(tuple(keys), num_cached)
         node.ends[rank] = lane
-        self._enter(_home_of(node), rank, lane)
+        self._enter(node.home, rank, lane)
 
     def remove(self, rank: Rank) -> None:
         """Take a request out."""
         node = self._node_of.pop(rank)
-        self._leave(_home_of(node), rank, node.ends.pop(rank))
+        self._leave(node.home, rank, node.ends.pop(rank))
         while not node.ends and not node.children and node.parent is not None:
             self._unlink(node)
             node = node.parent
 
     def match(self, rank: Rank) -> int:
         """Pages of the request's prompt that are cached."""
-        return _home_of(self._node_of[rank]).match
+        return self._node_of[rank].home.match
 
     # The cache.
 
     def on(self, change: Stored | Removed | Cleared) -> None:
         """Take note of a change of the cache."""
-        if isinstance(change, Stored):
-            self._stored(change.parent_key, change.keys)
-        elif isinstance(change, Removed):
-            self._removed(change.keys)
-        else:
-            # Deepest first, as evictions come.
-            for node in sorted(set(self._at.values()), key=lambda node: -node.start):
-                self._set_cached(node, 0)
+        self.takes[type(change)](change)
 
-    def _stored(self, parent_key: bytes, keys: Sequence[bytes]) -> None:
-        node = self._root if parent_key == NO_PARENT else self._at.get(parent_key)
-        place = 0
+    def _stored(self, change: Stored) -> None:
+        keys, place = change.keys, 0
+        node = self._root if change.parent_key == NO_PARENT else self._at.get(change.parent_key)
         while node is not None and place < len(keys):
             if node.cached == len(node.run):
                 node = node.children.get(keys[place])
@@ -144,24 +144,29 @@ class PromptTree(ABC, Generic[SomeHome]):
             self._set_cached(node, node.cached + common)
             place += common
 
-    def _removed(self, keys: Sequence[bytes]) -> None:
-        if self._at.keys().isdisjoint(keys):
+    def _removed(self, change: Removed) -> None:
+        if self._at.keys().isdisjoint(change.keys):
             return  # mostly: and this is the fastest way to know
         # Children come before parents, so that the last key of a run to go says what is left of it.
         left: dict[Node, int] = {}
-        for key in keys:
+        for key in change.keys:
             node = self._at.get(key)
             if node is not None:
                 left[node] = node.run.index(key)
         for node, cached in left.items():
             self._set_cached(node, cached)
 
+    def _cleared(self, change: Cleared) -> None:
+        # Deepest first, as evictions come.
+        for node in sorted(set(self._at.values()), key=lambda node: -node.start):
+            self._set_cached(node, 0)
+
     def _set_cached(self, node: Node, cached: int) -> None:
         for key in node.run[cached : node.cached]:
             del self._at[key]
         self._at.update(dict.fromkeys(node.run[node.cached : cached], node))
         node.cached = cached
-        if node.home is None:
+        if node.home.node is not node:
             self._make_home_of(node)
         elif cached:
             self._rematch(node.home, node.start + cached)
@@ -175,17 +180,17 @@ class PromptTree(ABC, Generic[SomeHome]):
 
     def _make_home_of(self, node: Node) -> None:
         """Those below `node` live in homes below it, or in the one above, and move in."""
-        assert node.parent is not None
-        above = _home_of(node.parent)
-        home = node.home = self._make_home(node, above)
+        above = node.home
+        home = self._make_home(node, above)
         above.below[home] = None
         nodes = [node]
         for each in nodes:  # which grows meanwhile
+            each.home = home
             for rank, lane in each.ends.items():
                 self._leave(above, rank, lane)
                 self._enter(home, rank, lane)
             for child in each.children.values():
-                if child.home is None:
+                if child.home is above:
                     nodes.append(child)
                 else:
                     self._put_below(child.home, home)
@@ -234,17 +239,9 @@ class PromptTree(ABC, Generic[SomeHome]):
         del node.parent.children[node.run[0]]
         for key in node.run[: node.cached]:
             del self._at[key]
-        if node.home is not None:
+        if node.home.node is node:
             del node.home.above.below[node.home]
             self._unmake_home(node.home)
-
-
-def _home_of(node: Node) -> Any:
-    """The deepest home on the way to `node`."""
-    while node.home is None:
-        assert node.parent is not None
-        node = node.parent
-    return node.home
 
 
 def way_up(node: Node | None, last: Node) -> Iterator[Node]:

@@ -8,7 +8,7 @@ balanced structure written in Python costs, and still less with a hundred thousa
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 Key = TypeVar("Key")
@@ -27,6 +27,14 @@ class Ranking(dict[Key, Value]):
         super().__init__()
         self._keys: list[Any] = []
         self._start = 0  # nobody before it is alive
+
+    @classmethod
+    def of(cls, values: Mapping[Key, Value]) -> "Ranking[Key, Value]":
+        """All of `values`, whose keys ascend."""
+        ranking: Ranking[Key, Value] = cls()
+        ranking.update(values)
+        ranking._keys = list(values)
+        return ranking
 
     def put(self, key: Key, value: Value) -> None:
         """Let `value` stand at `key`."""

@@ -23,12 +23,13 @@ def longest_match(match: int, least: Rank) -> tuple[Any, ...]:
 
 
 class _Lane(Ranking[Rank, None]):
-    """One lane's requests in a home; `key` is where the lane has the home."""
+    """One lane's requests in a home; the lane has the home at `key`, because of `first`."""
 
-    __slots__ = ("key",)
+    __slots__ = ("first", "key")
 
     def __init__(self) -> None:
         super().__init__()
+        self.first: Rank | None = None
         self.key: tuple[Any, ...] | None = None
 
 
@@ -52,9 +53,10 @@ class WaitingTree(PromptTree[_Home]):
 
     def first(self, lane: str = "") -> Rank | None:
         """Who stands first in a lane."""
-        self._sort_anew()
+        if self._sorted_by:
+            self._sort_anew()
         homes = self._homes.get(lane)
-        return homes[homes.least()].lanes[lane].least() if homes else None
+        return homes[homes.least()].lanes[lane].first if homes else None
 
     def first_beside(self, passed: Callable[[Node], bool], lane: str = "") -> Rank | None:
         """Who stands first in a lane, leaving out all at and below nodes that are `passed`.
@@ -78,7 +80,10 @@ class WaitingTree(PromptTree[_Home]):
 
     def changed_lanes(self) -> Collection[str]:
         """Lanes of requests whose match has changed since this was last asked."""
-        self._sort_anew()
+        if self._sorted_by:
+            self._sort_anew()
+        if not self._changed:
+            return ()
         changed, self._changed = self._changed, {}
         return changed
 
@@ -115,14 +120,13 @@ class WaitingTree(PromptTree[_Home]):
         if ranking is None:
             ranking = home.lanes[lane] = _Lane()
         ranking.put(rank, None)
-        if ranking.least() == rank:
+        if ranking.first is None or rank < ranking.first:
             self._sort_in(home, lane, ranking)
 
     def _leave(self, home: _Home, rank: Rank, lane: str) -> None:
         ranking = home.lanes[lane]
-        was_first = ranking.least() == rank
         del ranking[rank]
-        if was_first:
+        if rank == ranking.first:
             self._sort_in(home, lane, ranking)
 
     def _rematched(self, home: _Home, before: int) -> None:
@@ -145,7 +149,8 @@ class WaitingTree(PromptTree[_Home]):
         if lane.key is not None:
             del homes[lane.key]
         if lane:
-            lane.key = self._group_key(home.match, lane.least())
+            lane.first = lane.least()
+            lane.key = self._group_key(home.match, lane.first)
             homes.put(lane.key, home)
         else:
             del home.lanes[name]

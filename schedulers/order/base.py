@@ -1,18 +1,14 @@
 """What every order offers, and the base of those whose sorting key never changes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
-from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
+from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Takes
 from ..ranking import Ranking
 
 Key = tuple[int | float, ...]
 """What requests are sorted by, smallest first."""
-
-Takes = Mapping[type, Callable[[Any], None]]
-"""What an order does about events, by their class: a slice brings hundreds, and asking for one
-class after the other takes longer than what most orders do then."""
 
 
 @runtime_checkable
@@ -44,7 +40,8 @@ class StaticOrder(ABC):
     def __init__(self) -> None:
         self._key: dict[RequestNumber, Key] = {}
         self._waiting: Ranking[Key, RequestNumber] = Ranking()
-        self._running: Ranking[Key, RequestNumber] = Ranking()
+        self._running: dict[Key, RequestNumber] = {}
+        self._sorted: list[RequestNumber] | None = None  # who runs, until somebody else does
         self._takes: Takes = {
             Arrive: self._arrive,
             Admit: self._admit,
@@ -69,7 +66,9 @@ class StaticOrder(ABC):
         return map(self._waiting.__getitem__, self._waiting.ascending())
 
     def running(self) -> list[RequestNumber]:
-        return [self._running[key] for key in self._running.ascending()]
+        if self._sorted is None:
+            self._sorted = [self._running[key] for key in sorted(self._running)]
+        return list(self._sorted)
 
     def _arrive(self, event: Arrive) -> None:
         number = event.number
@@ -78,13 +77,16 @@ class StaticOrder(ABC):
 
     def _admit(self, event: Admit) -> None:
         key = self._key[event.number]
-        self._running.put(key, self._waiting.pop(key))
+        self._running[key] = self._waiting.pop(key)
+        self._sorted = None
 
     def _preempt(self, event: Preempt) -> None:
         key = self._key[event.number]
         self._waiting.put(key, self._running.pop(key))
+        self._sorted = None
 
     def _end(self, event: Finish | Abort) -> None:
         key = self._key.pop(event.number)
         if self._waiting.pop(key, None) is None:
             del self._running[key]
+            self._sorted = None

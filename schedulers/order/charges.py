@@ -4,6 +4,7 @@ Project rules, papers.md 3.3: a token that is computed again after a preemption 
 again, and what was charged but never run is given back.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
@@ -84,22 +85,22 @@ class Charges:
     ) -> Mapping[Owner, Bill]:
         """Tokens were run: what that is for each owner of some of the requests."""
         accounts, prices = self._accounts, self._prices
-        outputs: dict[Owner, int] = {}
-        prompts: dict[Owner, int] = {}
+        outputs: defaultdict[Owner, int] = defaultdict(int)
+        prompts: defaultdict[Owner, int] = defaultdict(int)
         for number, num_prompt, num_output in ran:
             account, owner = accounts[number], owners[number]
             account.made += num_output
-            outputs[owner] = outputs.get(owner, 0) + num_output
+            outputs[owner] += num_output
             if num_prompt:
                 before = account.unrun
                 account.ran += num_prompt
                 if prices.at_enactment:
                     fresh = before - account.unrun
                     account.paid += fresh
-                    prompts[owner] = prompts.get(owner, 0) + fresh
+                    prompts[owner] += fresh
         bills = {}
         for owner, num_output in outputs.items():
-            charge = prices.w_in * prompts.get(owner, 0)
+            charge = prices.w_in * prompts[owner]
             bills[owner] = Bill(charge + prices.w_out * num_output, -charge)
         return bills
 

@@ -16,11 +16,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-from sortedcontainers import SortedDict
-
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
 from ..parameters import not_negative, positive
-from ..prefix_tree import Cleared, Removed, Stored
 from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
 from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
@@ -64,7 +61,7 @@ class _Client:
     credit: float
     last_seen_s: float
     held: float = 0.0
-    since: SortedDict = field(default_factory=SortedDict)
+    since: Ranking[RequestNumber, float] = field(default_factory=Ranking)
     num_running: int = 0
     key: tuple[Any, ...] | None = None
 
@@ -99,35 +96,28 @@ class Dlpm:
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._now_s = 0.0
+        self._takes: Takes = {
+            Enact: self._enact,
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            Tick: self._tick,
+            **self._tree.takes,
+        }
 
     def on(self, event: Event) -> None:
-        self._sorted = None
-        match event:
-            case Enact(ran=ran):
-                for client, bill in self._charges.enacted(ran, self._running).items():
-                    self._charge(client, bill)
-            case Arrive():
-                self._arrive(event)
-            case Admit(number=number, num_extend_tokens=extend):
-                self._admit(number, extend)
-            case Preempt(number=number, num_cached=num_cached):
-                client = self._stop(number)
-                self._queue(client, self._arrivals[number], num_cached)
-            case Finish(number=number) | Abort(number=number):
-                self._end(number)
-            case Tick(now_s=now_s):
-                self._tick(now_s)
-            case Stored() | Removed() | Cleared():
-                self._tree.on(event)
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
         self._settle()
         if not self._ready:
             self._refill()
             self._settle()
-        return self._candidate(self._ready[self._ready.least()]) if self._ready else None
+        return self._ready.least()[-1] if self._ready else None
 
     def waiting(self) -> Iterator[RequestNumber]:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
@@ -141,7 +131,8 @@ class Dlpm:
         """Most credit in front, so that the most overdrawn client gives way first."""
         if self._sorted is None:
             running = self._running
-            self._sorted = sorted(running, key=lambda number: (-running[number].credit, number))
+            self._sorted = sorted(running)
+            self._sorted.sort(key=lambda number: -running[number].credit)
         return list(self._sorted)
 
     def credits(self) -> dict[str, float]:
@@ -170,11 +161,16 @@ class Dlpm:
     def _charge(self, client: _Client, bill: Bill) -> None:
         had_credit = client.free_credit > 0
         client.credit -= bill.charge
+        self._sorted = None
         client.held += bill.hold
         if had_credit is not (client.free_credit > 0):
             self._place(client)
 
     # Requests.
+
+    def _enact(self, event: Enact) -> None:
+        for client, bill in self._charges.enacted(event.ran, self._running).items():
+            self._charge(client, bill)
 
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
@@ -190,16 +186,17 @@ class Dlpm:
 
     def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:
         self._tree.add((event.number,), event.page_keys, num_cached, lane=client.name)
-        client.since[event.number] = event.arrived_s
+        client.since.put(event.number, event.arrived_s)
         self._place(client)
 
-    def _admit(self, number: RequestNumber, extend: int) -> None:
+    def _admit(self, event: Admit) -> None:
+        number = event.number
         client = self._clients[self._arrivals[number].client]
         self._tree.remove((number,))
         del client.since[number]
         client.num_running += 1
         self._running[number] = client
-        self._charge(client, self._charges.admitted(number, extend))
+        self._charge(client, self._charges.admitted(number, event.num_extend_tokens))
         self._place(client)
 
     def _stop(self, number: RequestNumber) -> _Client:
@@ -208,7 +205,12 @@ class Dlpm:
         self._charge(client, self._charges.stopped(number))
         return client
 
-    def _end(self, number: RequestNumber) -> None:
+    def _preempt(self, event: Preempt) -> None:
+        client = self._stop(event.number)
+        self._queue(client, self._arrivals[event.number], event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        number = event.number
         if number in self._running:
             client = self._stop(number)
         else:
@@ -220,8 +222,8 @@ class Dlpm:
         del self._arrivals[number]
         self._charges.forget(number)
 
-    def _tick(self, now_s: float) -> None:
-        self._now_s = now_s
+    def _tick(self, event: Tick) -> None:
+        now_s = self._now_s = event.now_s
         if self._parameters.client_age_limit_s:
             for client in self._clients.values():
                 self._place(client)
@@ -238,10 +240,9 @@ class Dlpm:
         """The client's next request."""
         limit_s = self._parameters.client_age_limit_s
         if limit_s:
-            oldest: Any = client.since.peekitem(0)
-            number, since_s = oldest
-            if self._now_s - since_s > limit_s:
-                return number
+            oldest = client.since.least()
+            if self._now_s - client.since[oldest] > limit_s:
+                return oldest
         first = self._tree.first(client.name)
         assert first is not None
         return first[-1]

@@ -8,11 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
-from ..prefix_tree import Cleared, Removed, Stored
+from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Takes
 from ..waiting_tree import Rank, WaitingTree
 from ..weighted_tree import WeightedTree
-from .base import Takes
 
 SomeTree = TypeVar("SomeTree", WaitingTree, WeightedTree)
 
@@ -33,9 +31,7 @@ class PrefixOrder(ABC, Generic[SomeTree]):
             Preempt: self._preempt,
             Finish: self._end,
             Abort: self._end,
-            Stored: tree.on,
-            Removed: tree.on,
-            Cleared: tree.on,
+            **tree.takes,
         }
 
     @abstractmethod

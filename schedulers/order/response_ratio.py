@@ -16,11 +16,9 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
-from ..prefix_tree import Cleared, Removed, Stored
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
 from ..prompt_tree import Home, Node, PromptTree
 from ..ranking import Ranking
-from .base import Takes
 
 FIRST_SIZE: Final = 64
 
@@ -50,7 +48,7 @@ class _Rows:
         self._numbers = np.zeros(FIRST_SIZE, np.int64)
         self._came = np.zeros(FIRST_SIZE)
         self._tokens = np.zeros(FIRST_SIZE)
-        self._places = np.zeros(FIRST_SIZE, np.int32)
+        self._places = np.zeros(FIRST_SIZE, np.intp)
 
     def __len__(self) -> int:
         return len(self.row_of)
@@ -147,7 +145,7 @@ class ResponseRatio:
     requests stand by the same ratio, the uncached tokens being those that their admission found.
     """
 
-    num_chosen: ClassVar[int] = 128
+    num_chosen: ClassVar[int] = 64
     """How many with the largest ratios are looked for at once."""
 
     def __init__(self, *, page_size: int):
@@ -169,9 +167,7 @@ class ResponseRatio:
             Preempt: self._preempt,
             Finish: self._end,
             Abort: self._end,
-            Stored: self._matches.on,
-            Removed: self._matches.on,
-            Cleared: self._matches.on,
+            **self._matches.takes,
         }
 
     def came(self, event: Arrive) -> float:
@@ -292,12 +288,10 @@ class ResponseRatio:
         if len(numbers) > most:
             chosen = _largest(numbers, ratios, most)
             numbers, ratios = numbers[chosen], ratios[chosen]
-        for key in sorted(zip((-ratios).tolist(), numbers.tolist(), strict=True)):
-            self._key_of[key[1]] = key
-            self._chosen.put(key, key[1])
-            self._last = key
-        if len(numbers) == len(self._waiting):
-            self._last = EVERYBODY
+        keys = sorted(zip((-ratios).tolist(), numbers.tolist(), strict=True))
+        self._key_of = {key[1]: key for key in keys}
+        self._chosen = Ranking.of({key: key[1] for key in keys})
+        self._last = keys[-1] if len(keys) < len(self._waiting) else EVERYBODY
 
     def _place(self, number: RequestNumber) -> None:
         """Let a request stand among the chosen, unless it is behind them."""
