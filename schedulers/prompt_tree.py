@@ -237,9 +237,9 @@ class PromptTree(ABC, Generic[SomeHome]):
     def _unlink(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.run[0]]
-        for key in node.run[: node.cached]:
-            del self._at[key]
         if node.home.node is node:
+            for key in node.run[: node.cached]:
+                del self._at[key]
             del node.home.above.below[node.home]
             self._unmake_home(node.home)
 

@@ -21,12 +21,13 @@ MOST_DEAD: Final = 64
 class Ranking(dict[Key, Value]):
     """Values by key, the smallest key first. Insert with `put`; delete as from any dictionary."""
 
-    __slots__ = ("_keys", "_start")
+    __slots__ = ("_keys", "_most", "_start")
 
     def __init__(self) -> None:
         super().__init__()
         self._keys: list[Any] = []
         self._start = 0  # nobody before it is alive
+        self._most = MOST_DEAD  # keys, before the dead are left out
 
     @classmethod
     def of(cls, values: Mapping[Key, Value]) -> "Ranking[Key, Value]":
@@ -38,10 +39,10 @@ class Ranking(dict[Key, Value]):
 
     def put(self, key: Key, value: Value) -> None:
         """Let `value` stand at `key`."""
-        if len(self._keys) > 2 * len(self) + MOST_DEAD:
-            self._keys = [key for key in self._keys[self._start :] if key in self]
-            self._start = 0
         keys = self._keys
+        if len(keys) >= self._most:
+            keys = self._keys = [key for key in keys[self._start :] if key in self]
+            self._start, self._most = 0, 2 * len(keys) + MOST_DEAD
         if not keys or keys[-1] < key:
             keys.append(key)
         else:

@@ -103,6 +103,9 @@ class WaitingTree(PromptTree[_Home]):
                 upcoming = next(keys, None)
             key, number, rank, match, others = heap[0]
             yield rank
+            if upcoming is None and len(heap) == 1:
+                yield from others
+                return
             following = next(others, None)
             if following is None:
                 heapq.heappop(heap)

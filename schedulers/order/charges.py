@@ -70,10 +70,12 @@ class Charges:
     def admitted(self, number: RequestNumber, extend: int) -> Bill:
         """`extend` tokens are to be computed; the others are cached."""
         account, prices = self._accounts[number], self._prices
-        cached = account.num_prompt_tokens + account.made - extend
         known = account.paid + account.made
         account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
-        charge = 0.0 if account.admitted else prices.w_in * prices.price_cached * max(0, cached)
+        charge = 0.0
+        if prices.price_cached and not account.admitted:
+            cached = account.num_prompt_tokens + account.made - extend
+            charge = prices.w_in * prices.price_cached * max(0, cached)
         account.admitted = True
         if prices.at_enactment:
             return Bill(charge, prices.w_in * account.fresh)
@@ -108,6 +110,8 @@ class Charges:
         """A running request was preempted or ended: what was not run is given back."""
         account, prices = self._accounts[number], self._prices
         unrun, account.fresh = account.unrun, 0
+        if not unrun:
+            return NOTHING
         if prices.at_enactment:
             return Bill(0.0, -prices.w_in * unrun)
         account.paid -= unrun

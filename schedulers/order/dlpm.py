@@ -20,7 +20,7 @@ from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Reques
 from ..parameters import not_negative, positive
 from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
-from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
+from .charges import KNOWN_CLIENT_S, NOTHING, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,8 @@ class Dlpm:
                 self._place(client)
 
     def _charge(self, client: _Client, bill: Bill) -> None:
+        if bill is NOTHING:
+            return
         had_credit = client.free_credit > 0
         client.credit -= bill.charge
         self._sorted = None
@@ -202,6 +204,7 @@ class Dlpm:
     def _stop(self, number: RequestNumber) -> _Client:
         client = self._running.pop(number)
         client.num_running -= 1
+        self._sorted = None
         self._charge(client, self._charges.stopped(number))
         return client
 
