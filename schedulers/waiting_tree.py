@@ -58,6 +58,12 @@ class WaitingTree(PromptTree[_Home]):
         homes = self._homes.get(lane)
         return homes[homes.least()].lanes[lane].first if homes else None
 
+    def first_key(self, lane: str) -> tuple[Any, ...]:
+        """How the first one stands in a lane where somebody waits."""
+        if self._sorted_by:
+            self._sort_anew()
+        return self._homes[lane].least()
+
     def first_beside(self, passed: Callable[[Node], bool], lane: str = "") -> Rank | None:
         """Who stands first in a lane, leaving out all at and below nodes that are `passed`.
 

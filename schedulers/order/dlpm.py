@@ -161,11 +161,11 @@ class Dlpm:
     def _charge(self, client: _Client, bill: Bill) -> None:
         if bill is NOTHING:
             return
-        had_credit = client.free_credit > 0
+        had_credit = client.credit > client.held
         client.credit -= bill.charge
-        self._sorted = None
         client.held += bill.hold
-        if had_credit is not (client.free_credit > 0):
+        self._sorted = None
+        if had_credit is not (client.credit > client.held):
             self._place(client)
 
     # Requests.
@@ -239,16 +239,14 @@ class Dlpm:
 
     # The index.
 
-    def _candidate(self, client: _Client) -> RequestNumber:
-        """The client's next request."""
+    def _key(self, client: _Client) -> tuple[Any, ...]:
+        """How the client's next request stands, whose number comes last."""
         limit_s = self._parameters.client_age_limit_s
         if limit_s:
             oldest = client.since.least()
             if self._now_s - client.since[oldest] > limit_s:
-                return oldest
-        first = self._tree.first(client.name)
-        assert first is not None
-        return first[-1]
+                return longest_match(self._tree.match((oldest,)), (oldest,))
+        return self._tree.first_key(client.name)
 
     def _place(self, client: _Client) -> None:
         """The client may stand elsewhere now."""
@@ -260,10 +258,8 @@ class Dlpm:
             if name in self._clients:
                 self._moved[self._clients[name]] = None
         for client in self._moved:
-            key = None
-            if client.since and client.free_credit > 0:
-                rank = (self._candidate(client),)
-                key = longest_match(self._tree.match(rank), rank)
+            has_place = client.since and client.credit > client.held
+            key = self._key(client) if has_place else None
             if key != client.key:
                 if client.key is not None:
                     del self._ready[client.key]

@@ -103,16 +103,14 @@ class _Matches(PromptTree[_Home]):
         self._rows, self._page_size = rows, page_size
         self.cached = np.zeros(FIRST_SIZE)
         self._free = list(range(FIRST_SIZE))
-        self._changed: set[int] = set()
+        self.changed: set[int] = set()  # places of homes whose match may have
         super().__init__()
 
     def changed_rows(self) -> np.ndarray:
-        """Rows of requests whose match may have changed since this was last asked."""
-        if not self._changed:
-            return np.zeros(0, np.int64)
+        """Rows of requests that live in a changed home; then none counts as changed."""
         is_changed = np.zeros(len(self.cached), bool)
-        is_changed[list(self._changed)] = True
-        self._changed.clear()
+        is_changed[list(self.changed)] = True
+        self.changed.clear()
         return np.flatnonzero(is_changed[self._rows.places])
 
     def _make_home(self, node: Node, above: _Home | None) -> _Home:
@@ -135,7 +133,7 @@ class _Matches(PromptTree[_Home]):
 
     def _rematched(self, home: _Home, before: int) -> None:
         self.cached[home.place] = home.match * self._page_size
-        self._changed.add(home.place)
+        self.changed.add(home.place)
 
 
 class ResponseRatio:
@@ -273,15 +271,19 @@ class ResponseRatio:
 
     def _settle(self) -> None:
         """Have the first one chosen, if anybody waits."""
-        changed = self._matches.changed_rows()
-        if len(changed) > self.num_chosen:
-            self._forget()
-        else:
-            for number in self._waiting.numbers[changed].tolist():
-                self._drop(number)
-                self._place(number)
+        if self._matches.changed:
+            self._place_anew()
         if not self._chosen:
             self._choose()
+
+    def _place_anew(self) -> None:
+        rows = self._matches.changed_rows()
+        if len(rows) > self.num_chosen:
+            self._forget()
+            return
+        for number in self._waiting.numbers[rows].tolist():
+            self._drop(number)
+            self._place(number)
 
     def _choose(self) -> None:
         numbers, ratios, most = self._waiting.numbers, self._waiting_ratios(), self.num_chosen
