@@ -10,13 +10,14 @@ match: that of the deepest cached node on their way.
 
 A node that is cached becomes a *home* and stays one, and a request lives in the deepest home on its
 way. So all who live in a home have one match, the home's, and a prefix that goes and comes back
-changes a number in its home and in those below it that are not cached. Only the first time that a
-run is cached do requests move, each at most once for every run of its prompt.
+changes a number in its home and in those below it that are not cached. Only when a run is cached
+for the first time do requests move, and they are few, because a node that many go through is made
+a home before.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from .events import Takes
 from .prefix_tree import NO_PARENT, Cleared, Removed, Stored
@@ -27,15 +28,25 @@ unique, smallest first."""
 
 
 class Node:
-    """See the module docstring. `ends` are the requests that end here, with their lanes; `since`
-    numbers the ways of waiting prompts by when somebody first went there; `home` is where those live
-    that end here."""
+    """See the module docstring. `ends` are the requests that end here, with their lanes, and live
+    in `home`; `num_waiting` of those who live there end here or below. `since` numbers the nodes by
+    when somebody first waited there."""
 
-    __slots__ = ("cached", "children", "ends", "home", "parent", "run", "since", "start")
+    __slots__ = (
+        "cached",
+        "children",
+        "ends",
+        "home",
+        "num_waiting",
+        "parent",
+        "run",
+        "since",
+        "start",
+    )
 
     def __init__(self, parent: "Node | None", run: tuple[bytes, ...], start: int, since: int):
         self.parent, self.run, self.start, self.since = parent, run, start, since
-        self.cached = 0
+        self.cached = self.num_waiting = 0
         self.children: dict[bytes, Node] = {}
         self.ends: dict[Rank, str] = {}
         self.home: Any = parent and parent.home
@@ -48,8 +59,9 @@ class Home:
     __slots__ = ("above", "below", "match", "node")
 
     def __init__(self, node: Node, above: "Home | None"):
-        self.node, self.above = node, above
-        self.below: dict[Home, None] = {}
+        self.node = node
+        self.above: Any = above  # like those below of the tree's own class
+        self.below: dict[Any, None] = {}
         self.match = node.start + node.cached if node.cached or above is None else above.match
 
 
@@ -62,6 +74,9 @@ class PromptTree(ABC, Generic[SomeHome]):
     The caller reports every change of the prefix cache, and for a new request how many of its keys
     are cached. A subclass says what a home keeps of the requests that live in it.
     """
+
+    crowd: ClassVar[int] = 64
+    """So many make a home of a node that was never cached: no more will have to move when it is."""
 
     def __init__(self) -> None:
         self._node_of: dict[Rank, Node] = {}
@@ -112,10 +127,14 @@ class PromptTree(ABC, Generic[SomeHome]):
         node = self._node_of[rank] = self._descend(tuple(keys), num_cached)
         node.ends[rank] = lane
         self._enter(node.home, rank, lane)
+        crowded = self._count(node, 1)
+        if crowded is not None:
+            self._make_home_of(crowded)
 
     def remove(self, rank: Rank) -> None:
         """Take a request out."""
         node = self._node_of.pop(rank)
+        self._count(node, -1)
         self._leave(node.home, rank, node.ends.pop(rank))
         while not node.ends and not node.children and node.parent is not None:
             self._unlink(node)
@@ -124,6 +143,16 @@ class PromptTree(ABC, Generic[SomeHome]):
     def match(self, rank: Rank) -> int:
         """Pages of the request's prompt that are cached."""
         return self._node_of[rank].home.match
+
+    def _count(self, node: Node | None, change: int) -> Node | None:
+        """Note that more or fewer wait at `node`; the uppermost one that should become a home."""
+        crowded = None
+        while node is not None and node.home.node is not node:
+            node.num_waiting += change
+            if node.num_waiting >= self.crowd:
+                crowded = node
+            node = node.parent
+        return crowded
 
     # The cache.
 
@@ -181,6 +210,7 @@ class PromptTree(ABC, Generic[SomeHome]):
     def _make_home_of(self, node: Node) -> None:
         """Those below `node` live in homes below it, or in the one above, and move in."""
         above = node.home
+        self._count(node, -node.num_waiting)
         home = self._make_home(node, above)
         above.below[home] = None
         nodes = [node]
@@ -228,7 +258,7 @@ class PromptTree(ABC, Generic[SomeHome]):
         parent.children[upper.run[0]] = upper
         upper.children[lower.run[length]] = lower
         lower.parent, lower.run = upper, lower.run[length:]
-        cached = lower.cached
+        cached, upper.num_waiting = lower.cached, lower.num_waiting
         lower.start, lower.cached = lower.start + length, max(0, cached - length)
         if cached:
             self._set_cached(upper, min(cached, length))
@@ -244,18 +274,18 @@ class PromptTree(ABC, Generic[SomeHome]):
             self._unmake_home(node.home)
 
 
-def way_up(node: Node | None, last: Node) -> Iterator[Node]:
-    """The nodes from one up to another."""
+def way_up(node: Node | None) -> Iterator[Node]:
+    """A node and those above it."""
     while node is not None:
         yield node
-        node = None if node is last else node.parent
+        node = node.parent
 
 
 def cached_alike(home: SomeHome) -> list[SomeHome]:
     """The home, and those below that have its match because they are not cached."""
     found = [home]
     for each in found:  # which grows meanwhile
-        found += [below for below in each.below if not below.node.cached]  # type: ignore
+        found += [below for below in each.below if not below.node.cached]
     return found
 
 

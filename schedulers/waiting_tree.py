@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from .prompt_tree import Home, Node, PromptTree, Rank
+from .prompt_tree import Home, Node, PromptTree, Rank, way_up
 from .ranking import Ranking
 
 GroupKey = Callable[[int, Rank], tuple[Any, ...]]
@@ -73,14 +73,12 @@ class WaitingTree(PromptTree[_Home]):
         homes = self._homes.get(lane, Ranking())
         for key in homes.ascending():
             home = homes[key]
-            if any(passed(node) for node in way_up(home.node, self._root)):
-                continue
-            for rank in home.lanes[lane].ascending():
-                nodes = way_up(self._node_of[rank], home.node)
-                branch = next((node for node in nodes if passed(node)), None)
-                if branch is None:
-                    return rank
-                self._make_home_of(branch)
+            rank = home.lanes[lane].first
+            branches = [node for node in way_up(self._node_of[rank]) if passed(node)]
+            if not branches:
+                return rank
+            if branches[-1].home is home and branches[-1] is not home.node:
+                self._make_home_of(branches[-1])
                 return self.first_beside(passed, lane)
         return None
 

@@ -12,7 +12,7 @@ from .prompt_tree import Home, Node, PromptTree, Rank, cached_alike
 from .ranking import Ranking
 
 Place = tuple[int, int]
-"""How a branch stands beside others: the number that wait, negated, and since when somebody does."""
+"""How a branch stands beside others: how many wait, negated, and since when somebody does."""
 
 
 class _Branch(Home):
@@ -60,11 +60,11 @@ class WeightedTree(PromptTree[_Branch]):
 
     def _enter(self, home: _Branch, rank: Rank, lane: str) -> None:
         home.members.put(rank, None)
-        self._count(home, 1)
+        self._weigh(home, 1)
 
     def _leave(self, home: _Branch, rank: Rank, lane: str) -> None:
         del home.members[rank]
-        self._count(home, -1)
+        self._weigh(home, -1)
 
     def _rematched(self, home: _Branch, before: int) -> None:
         self._place(home)
@@ -75,7 +75,7 @@ class WeightedTree(PromptTree[_Branch]):
         above.num_waiting += home.num_waiting
         self._place(home)
 
-    def _count(self, branch: _Branch, change: int) -> None:
+    def _weigh(self, branch: _Branch, change: int) -> None:
         while branch.above is not None:
             branch.num_waiting += change
             self._place(branch)

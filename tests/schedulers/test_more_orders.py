@@ -17,6 +17,7 @@ from jaxserve.schedulers.order.dfs_weight import DfsWeight
 from jaxserve.schedulers.order.fcfs import Fcfs
 from jaxserve.schedulers.order.hrrn import Hrrn
 from jaxserve.schedulers.order.larry import Larry, LarryParameters
+from jaxserve.schedulers.order.lpm import PrefixOrder
 from jaxserve.schedulers.order.priority import Priority, PriorityParameters
 from jaxserve.schedulers.order.shortest_prefill_first import ShortestPrefillFirst
 from jaxserve.schedulers.parameters import read
@@ -429,6 +430,20 @@ class LarryByThree(Larry):
     num_chosen = 3
 
 
+class CrowdedTree(WeightedTree):
+    crowd = 2
+
+
+class CrowdedDfs(PrefixOrder[WeightedTree]):
+    """Depth first where two waiting requests make a home."""
+
+    def __init__(self) -> None:
+        super().__init__(CrowdedTree())
+
+    def rank(self, event: Arrive) -> tuple[int]:
+        return (event.number,)
+
+
 ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
     "hrrn": (
         lambda: Hrrn(page_size=PAGE),
@@ -450,6 +465,7 @@ ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
     "priority, ageing": (lambda: Priority(PriorityParameters(age_s=4.0)), by_class(4)),
     "deadline": (Deadline, by_deadline),
     "dfs_weight": (DfsWeight, by_depth),
+    "dfs_weight, crowded": (CrowdedDfs, by_depth),
 }
 
 
