@@ -237,9 +237,12 @@ class PromptTree(ABC, Generic[SomeHome]):
             child = node.children.get(keys[place])
             if child is None:
                 return self._grow(node, keys[place:], max(0, num_cached - place))
-            common = _num_common(child.run, 0, keys, place)
-            node = child if common == len(child.run) else self._split(child, common)
-            place += common
+            run = child.run
+            if keys[place : place + len(run)] == run:
+                node, place = child, place + len(run)
+            else:
+                common = _num_common(run, 0, keys, place)
+                node, place = self._split(child, common), place + common
         return node
 
     def _grow(self, parent: Node, run: tuple[bytes, ...], cached: int) -> Node:
@@ -291,10 +294,9 @@ def cached_alike(home: SomeHome) -> list[SomeHome]:
 
 def _num_common(run: Sequence[bytes], start: int, keys: Sequence[bytes], place: int) -> int:
     """How many keys of `run` from `start` on are those of `keys` from `place` on."""
-    ours, theirs = run[start:], keys[place : place + len(run) - start]
-    if ours == theirs:
-        return len(ours)
-    for common, (our, their) in enumerate(zip(ours, theirs, strict=False)):
-        if our != their:
-            return common
-    return len(theirs)
+    common = 0
+    for ours, theirs in zip(run[start:], keys[place:], strict=False):
+        if ours != theirs:
+            break
+        common += 1
+    return common
