@@ -43,13 +43,11 @@ class _Account:
     """Tokens of one request. `extend` are those that its present admission computes, the last
     `fresh` of which nobody computed before; `ran` of them have been run."""
 
-    num_prompt_tokens: int
     made: int = 0
     paid: int = 0
     extend: int = 0
     fresh: int = 0
     ran: int = 0
-    admitted: bool = False
 
     @property
     def unrun(self) -> int:
@@ -58,25 +56,27 @@ class _Account:
 
 
 class Charges:
-    """The accounts of all requests."""
+    """The accounts of all requests that were admitted, and the prompts of those that were not:
+    what a slice touches stays together in memory."""
 
     def __init__(self, prices: Prices):
         self._prices = prices
         self._accounts: dict[RequestNumber, _Account] = {}
+        self._num_prompt_tokens: dict[RequestNumber, int] = {}
 
     def arrived(self, number: RequestNumber, num_prompt_tokens: int) -> None:
-        self._accounts[number] = _Account(num_prompt_tokens)
+        self._num_prompt_tokens[number] = num_prompt_tokens
 
     def admitted(self, number: RequestNumber, extend: int) -> Bill:
         """`extend` tokens are to be computed; the others are cached."""
-        account, prices = self._accounts[number], self._prices
+        account, prices = self._accounts.get(number), self._prices
+        charge = 0.0
+        if account is None:
+            num_prompt_tokens = self._num_prompt_tokens.pop(number)
+            account = self._accounts[number] = _Account()
+            charge = prices.w_in * prices.price_cached * max(0, num_prompt_tokens - extend)
         known = account.paid + account.made
         account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
-        charge = 0.0
-        if prices.price_cached and not account.admitted:
-            cached = account.num_prompt_tokens + account.made - extend
-            charge = prices.w_in * prices.price_cached * max(0, cached)
-        account.admitted = True
         if prices.at_enactment:
             return Bill(charge, prices.w_in * account.fresh)
         account.paid += account.fresh
@@ -119,4 +119,5 @@ class Charges:
 
     def forget(self, number: RequestNumber) -> None:
         """The request is over."""
-        del self._accounts[number]
+        if self._accounts.pop(number, None) is None:
+            del self._num_prompt_tokens[number]
