@@ -10,11 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers import admission
-from jaxserve.schedulers.catalog import make_order
+from jaxserve.schedulers.catalog import (
+    ORDERS,
+    find_order,
+    find_slicing,
+    make_admission,
+    make_order,
+    make_slicing,
+    victim_key,
+)
+from jaxserve.schedulers.presets import find_preset
+from jaxserve.schedulers.slicing import SliceBounds, Slicing
 
-ADMISSIONS = tuple(admission.ADMISSIONS)
-SLICINGS = ("adaptive", "fixed", "iteration", "sequence")
 PREFIX_SCOPES = ("auto", "client", "group", "all")
 EXECUTORS = ("jax", "paced", "mock")
 
@@ -73,10 +80,9 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Order, admission and slicing of one replica, and the bounds of its queue.
+    """Order, admission, slicing and victims of one replica, and the bounds of its queue.
 
-    `order_options` set the order's parameters, such as "quantum=4096"; `jaxserve policies` lists
-    them.
+    `..._options` set a policy's parameters, such as "quantum=4096"; `jaxserve policies` lists them.
     `max_rows` is the most sequences that run at once, `max_prefill_tokens` the most prompt tokens
     a tick may hold beside its decode rows. `slice_steps` is S of `fixed` and the most steps of
     `adaptive` (tokens per row and slice). `max_gap_ms` bounds the delivery gap of running streams
@@ -86,7 +92,10 @@ class SchedulerConfig:
     order: str = "fcfs"
     order_options: tuple[str, ...] = ()
     admission: str = "slice_lease"
+    admission_options: tuple[str, ...] = ()
     slicing: str = "adaptive"
+    slicing_options: tuple[str, ...] = ()
+    victim: str = "order"
     slice_steps: int = 64
     max_rows: int = 64
     max_prefill_tokens: int = 512
@@ -98,13 +107,6 @@ class SchedulerConfig:
     overlap: bool = True
 
     def __post_init__(self) -> None:
-        try:
-            make_order(self.order, self.order_options, page_size=1)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        for field, allowed in (("admission", ADMISSIONS), ("slicing", SLICINGS)):
-            value = getattr(self, field)
-            _require(value in allowed, field, value, ", ".join(allowed))
         for field, least, most in (
             ("slice_steps", 1, 1024),
             ("max_rows", 1, 4096),
@@ -118,8 +120,40 @@ class SchedulerConfig:
         for field in ("max_gap_ms", "queue_timeout_s"):
             value = getattr(self, field)
             _require(math.isfinite(value) and value >= 0, field, value, "0 (off) or positive")
-        bounded = self.max_gap_ms == 0 or self.slicing == "adaptive"
-        _require(bounded, "max_gap_ms", self.max_gap_ms, "0 unless slicing is adaptive")
+        try:
+            make_order(self.order, self.order_options, page_size=1)
+            make_admission(self.admission, self.admission_options)
+            self.make_slicing(max_context=1)
+            victim_key(self.victim)
+            bounds_gap = find_slicing(self.slicing).bounds_gap
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        kept = self.max_gap_ms == 0 or bounds_gap
+        allowed = f"0, for --slicing={self.slicing} bounds no gap; --slicing=adaptive does"
+        _require(kept, "max_gap_ms", self.max_gap_ms, allowed)
+
+    def make_slicing(self, *, max_context: int) -> Slicing:
+        """The slicing, for contexts of so many tokens."""
+        bounds = SliceBounds(
+            slice_steps=self.slice_steps,
+            max_context=max_context,
+            max_gap_s=self.max_gap_ms / 1e3,
+            overlap=self.overlap,
+        )
+        return make_slicing(self.slicing, self.slicing_options, bounds=bounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetConfig:
+    """The preset that filled in the scheduler's settings nobody chose; the launcher applies it."""
+
+    preset: str = "default"
+
+    def __post_init__(self) -> None:
+        try:
+            find_preset(self.preset)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,3 +183,10 @@ class EngineConfig:
         _require(read, "mesh", self.mesh, "auto unless --executor=jax")
         read = not self.profile or self.executor == "paced"
         _require(read, "profile", self.profile, "unset unless --executor=paced")
+        order = self.scheduler.order
+        if find_order(order).needs_prefix_cache and not self.cache.prefix_cache:
+            blind = [name for name, policy in ORDERS.items() if not policy.needs_prefix_cache]
+            raise ConfigError(
+                f"order: got {order!r}, which sorts by cached prefixes; allowed with"
+                f" --prefix_cache=false: {', '.join(blind)}"
+            )

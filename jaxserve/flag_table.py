@@ -7,20 +7,17 @@ records, and every flag has a reader by construction. A command's flags are a tu
 import dataclasses
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from jaxserve.config import (
-    ADMISSIONS,
-    EXECUTORS,
-    PREFIX_SCOPES,
-    SLICINGS,
-    EngineConfig,
-)
+from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
 from jaxserve.request import SamplingParams
+from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
+from jaxserve.schedulers.presets import PRESETS, fill_preset
 from jaxserve.server_config import (
+    CLIENT_METRICS,
     CONVERT_DTYPES,
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
@@ -36,7 +33,9 @@ from jaxserve.server_config import (
 class Flag:
     """One flag. `path` is the field of `record` it sets, dotted where records nest.
 
-    `make_default` is for a default that depends on the user, which a record cannot know.
+    `make_default` is for a default that depends on the user, which a record cannot know. With
+    `fill` the flag stands for values of others: fill(its value, values that were chosen) gives
+    them by flag name, and raises ValueError for a value that does not exist.
     """
 
     name: str
@@ -45,6 +44,7 @@ class Flag:
     help: str
     choices: tuple[str, ...] = ()
     make_default: Callable[[], Any] | None = None
+    fill: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     @property
     def kind(self) -> Any:
@@ -123,10 +123,21 @@ MEMORY: Final = Group(
 SCHEDULING: Final = Group(
     "scheduling",
     (
+        Flag(
+            "preset",
+            PresetConfig,
+            "preset",
+            "policies under one name; flags beside it win",
+            tuple(PRESETS),
+            fill=fill_preset,
+        ),
         _order("order", "who is next; `jaxserve policies` lists the orders"),
         _order("order_options", "parameter=value of the order; repeatable"),
-        _order("admission", "who fits", ADMISSIONS),
-        _order("slicing", "how long a slice runs", SLICINGS),
+        _order("admission", "who fits; `jaxserve policies` lists the rules"),
+        _order("admission_options", "parameter=value of the admission rule; repeatable"),
+        _order("slicing", "how long a slice runs", tuple(SLICINGS)),
+        _order("slicing_options", "parameter=value of the slicing; repeatable"),
+        _order("victim", "who gives way when pages run short", tuple(VICTIMS)),
         _order("slice_steps", "steps of a fixed slice, most steps of an adaptive one"),
         _order("max_rows", "most sequences that run at once"),
         _order("max_prefill_tokens", "most prompt tokens a slice takes in"),
@@ -152,6 +163,13 @@ SERVER: Final = Group(
             "sampling_defaults",
             "what absent sampling fields mean: the model's own defaults, or none",
             SAMPLING_DEFAULTS,
+        ),
+        Flag(
+            "client_metrics",
+            ServerConfig,
+            "client_metrics",
+            "whether /metrics names clients; auto: unless API keys are in use",
+            CLIENT_METRICS,
         ),
         Flag("drain_s", ServerConfig, "drain_s", "time to finish after the first signal"),
         Flag("max_message_mb", ServerConfig, "max_message_mb", "largest message taken or sent"),

@@ -1,7 +1,8 @@
 """Reads command lines, and is the only module that names absl. Knows no command and no JAX.
 
 Values come from the command line (`--flagfile` included), else from the environment variable
-JAXSERVE_<FLAG>, else from the flag's default. All that is wrong with them is said in one line.
+JAXSERVE_<FLAG>, else from a flag that stands for several (`--preset`), else from the flag's
+default. All that is wrong with them is said in one line.
 
 Flags live in a `FlagValues` of their own rather than in absl's global one: libraries register
 theirs there, and `jaxserve serve --help` should not list them.
@@ -12,7 +13,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from absl import flags as absl_flags
@@ -29,7 +30,8 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One flag's effective value and where it came from: "", "environment" or "flag"."""
+    """One flag's effective value and where it came from: "" (the default), "environment", "flag" or
+    the name of the flag that stood for it."""
 
     flag: Flag
     value: Any
@@ -49,7 +51,7 @@ class Settings:
         return _build(kind, {setting.flag.path: setting.value for setting in found})
 
     def values(self, kind: type) -> dict[str, Any]:
-        """Fields of `kind` that the command line or the environment set."""
+        """Fields of `kind` that are not left to their defaults."""
         return {
             setting.flag.path: setting.value
             for setting in self.by_name.values()
@@ -100,7 +102,7 @@ def _marked(setting: Setting) -> str:
     text = f"{setting.flag.name}={_shown(setting.value)}"
     if setting.value == setting.flag.default:
         return text
-    return f"*{text} ({setting.origin})" if setting.origin == "environment" else f"*{text}"
+    return f"*{text}" if setting.origin == "flag" else f"*{text} ({setting.origin})"
 
 
 def _build(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
@@ -199,7 +201,24 @@ def parse(
             tuple(value) if isinstance(value, list) else value,
             "flag" if values[name].present else origin,
         )
-    return Settings(tuple(groups), by_name)
+    return Settings(tuple(groups), _filled(by_name))
+
+
+def _filled(by_name: dict[str, Setting]) -> dict[str, Setting]:
+    """With the values that flags stand for. Raises ConfigError."""
+    chosen = {name: setting.value for name, setting in by_name.items() if setting.origin}
+    filled = dict(by_name)
+    for name, setting in by_name.items():
+        if setting.flag.fill is None:
+            continue
+        try:
+            values = setting.flag.fill(setting.value, chosen)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for other, value in values.items():
+            origin = by_name[other].origin or name
+            filled[other] = replace(by_name[other], value=value, origin=origin)
+    return filled
 
 
 def _read_environment(

@@ -61,7 +61,7 @@ COMMANDS: Final = {
         (table.CONVERSION,),
     ),
     "policies": Command(
-        "list the scheduling orders: source, parameters, laws",
+        "list the scheduling policies and presets: source, parameters, laws",
         "jaxserve.server.policies",
         "jaxserve policies",
         (),

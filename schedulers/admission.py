@@ -5,32 +5,42 @@ candidate's prompt would take of them, pages it finds cached and idle included (
 be evicted). No rule reads a clock or draws a number. Sources: papers.md section 2.6 by name.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol, overload, runtime_checkable
 
+from .estimators.output_length import OutputLength
+from .parameters import require
+from .peak_memory import PeakMemory
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Running:
     """A running row: tokens it holds, pages it leases, output tokens it may still make and has
-    made (`made` of those it holds)."""
+    made (`made` of those it holds), and whose request it is of.
+
+    Never changed once made; not frozen, which takes three times as long.
+    """
 
     held: int
     leased_pages: int
     remaining: int
     made: int = 0
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """The next waiting request: prompt tokens (with what it made before a preemption), the pages
-    that starting it takes, output tokens each sample may make, and its number of samples."""
+    that starting it takes, output tokens each sample may make, its number of samples, whose it is,
+    and output tokens made before (`made` of `num_tokens`)."""
 
     num_tokens: int
     cost_pages: int
     max_output: int
     num_samples: int
+    client: str = ""
+    made: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +67,10 @@ class RunningRows(Sequence[Running]):
     def __init__(self, rows: Iterable[Running] = ()):
         self._rows = list(rows)
         self._totals: dict[Hashable, tuple[int, int]] = {}  # rows counted, and their sum
+        self._peaks: dict[Hashable, tuple[int, PeakMemory]] = {}
 
-    def append(self, row: Running) -> None:
-        self._rows.append(row)
+    def extend(self, rows: Iterable[Running]) -> None:
+        self._rows.extend(rows)
 
     def total(self, what: Hashable, of: Callable[[Running], int]) -> int:
         """The sum of `of` over the rows; `what` names it, with all that it depends on."""
@@ -67,6 +78,17 @@ class RunningRows(Sequence[Running]):
         total += sum(of(row) for row in self._rows[counted:])
         self._totals[what] = len(self._rows), total
         return total
+
+    def peak(
+        self, what: Hashable, remaining: Callable[[Running], int], *, page_size: int
+    ) -> PeakMemory:
+        """The most memory of the rows, each making `remaining` more tokens; `what` as above."""
+        counted, peak = self._peaks.get(what) or (0, PeakMemory(page_size))
+        new = self._rows[counted:]
+        if new:
+            peak.join([row.held for row in new], [remaining(row) for row in new])
+        self._peaks[what] = len(self._rows), peak
+        return peak
 
     @overload
     def __getitem__(self, place: int) -> Running: ...
@@ -83,23 +105,36 @@ class RunningRows(Sequence[Running]):
 
 @runtime_checkable
 class Admission(Protocol):
-    """One rule. `ticked` and `retracted` tell it of slices run, and of a preemption with
-    the rows that still hold pages."""
+    """One rule. While nothing runs its answer depends on the candidate and the memory alone, so
+    that what was accepted into the queue is never turned down for good."""
 
-    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool: ...
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
+        """May it start now?"""
+        ...
 
-    def ticked(self, steps: int) -> None: ...
+    def ticked(self, steps: int) -> None:
+        """A slice of so many steps ran."""
+        ...
 
-    def retracted(self, running: RunningRows) -> None: ...
+    def retracted(self, running: RunningRows) -> None:
+        """Somebody was preempted; `running` still hold pages."""
+        ...
+
+    def finished(self, client: str, num_tokens: int) -> None:
+        """A sample ended by itself after so many output tokens."""
+        ...
 
 
-class StatelessAdmission:
-    """Base of the rules that remember nothing."""
+class BaseAdmission:
+    """Base of the rules: takes note of nothing."""
 
     def ticked(self, steps: int) -> None:
         pass
 
     def retracted(self, running: RunningRows) -> None:
+        pass
+
+    def finished(self, client: str, num_tokens: int) -> None:
         pass
 
 
@@ -118,7 +153,13 @@ def _sample_growth(candidate: Candidate, tokens: int, memory: Memory) -> int:
     return first + (candidate.num_samples - 1) * each
 
 
-class SliceLease(StatelessAdmission):
+def _starts(candidate: Candidate, memory: Memory) -> bool:
+    """Its prompt and a token of each sample fit: enough for who has the pool to itself."""
+    need = candidate.cost_pages + _sample_growth(candidate, 1, memory)
+    return need <= memory.available_pages
+
+
+class SliceLease(BaseAdmission):
     """Ours: prompt pages, 2 S tokens for every row, and a watermark must fit.
 
     Preempts only when rows outgrow 2 S ahead; the engine first cuts their limits.
@@ -133,7 +174,7 @@ class SliceLease(StatelessAdmission):
         return need + growth + memory.watermark_pages <= memory.available_pages
 
 
-class ReserveMax(StatelessAdmission):
+class ReserveMax(BaseAdmission):
     """Held and remaining output of all rows within the whole pool: never preempts.
 
     In pages and by row, so that a partial page at the end of each row is paid for. Pages that rows
@@ -148,7 +189,7 @@ class ReserveMax(StatelessAdmission):
         return rows + own <= memory.total_pages
 
 
-class ReserveRemaining(StatelessAdmission):
+class ReserveRemaining(BaseAdmission):
     """What is left to run of everyone must fit into what is available (sgl-project/mini-sglang)."""
 
     def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
@@ -159,7 +200,7 @@ class ReserveRemaining(StatelessAdmission):
         return own + growth <= memory.available_pages
 
 
-class ReservePrompt(StatelessAdmission):
+class ReservePrompt(BaseAdmission):
     """The prompt must fit above a watermark; rows that grow may preempt (microsoft/vidur)."""
 
     def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
@@ -168,23 +209,40 @@ class ReservePrompt(StatelessAdmission):
         return memory.available_pages - need >= memory.watermark_pages
 
 
-class Ratio:
+@dataclass(frozen=True, slots=True)
+class RatioParameters:
+    """rho falls from `start` to `start * floor` over `decay_steps` decode steps; outputs count up
+    to `clip` tokens."""
+
+    start: float = 0.7
+    floor: float = 0.14
+    decay_steps: int = 600
+    clip: int = 4096
+
+    def __post_init__(self) -> None:
+        require(0 < self.start <= 1, "start", self.start, "a number in (0, 1]")
+        require(0 <= self.floor <= 1, "floor", self.floor, "a number in [0, 1]")
+        for name in ("decay_steps", "clip"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "1 or more")
+
+
+class Ratio(BaseAdmission):
     """Reserve `rho * remaining output` for each running row (sgl-project/sglang).
 
-    rho falls linearly from `start` to `start * floor` over `decay_steps` decode steps, and after a
-    retraction becomes min(1, (decoded + 20 n) / (sum of max_output + 1)), falling again from there.
+    rho falls linearly, and after a retraction becomes min(1, (decoded + 20 n) / (sum of max_output
+    + 1)), falling again from there.
     """
 
-    clip = 4096
-    start = 0.7
-    floor = 0.14
-    decay_steps = 600
-
-    def __init__(self) -> None:
-        self.rho = self.start
-        self._fall = self.start * (1 - self.floor) / self.decay_steps
+    def __init__(self, parameters: RatioParameters | None = None) -> None:
+        self._parameters = parameters or RatioParameters()
+        self.rho = self._parameters.start
+        self._least = self._parameters.start * self._parameters.floor
+        self._fall = (self._parameters.start - self._least) / self._parameters.decay_steps
 
     def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
+        if not running:
+            return _starts(candidate, memory)
         growth = running.total(
             ("reserve", self.rho, memory.page_size),
             lambda row: _growth_pages(row, self._reserve(row.remaining), memory),
@@ -194,7 +252,7 @@ class Ratio:
         return own + growth <= memory.available_pages
 
     def ticked(self, steps: int) -> None:
-        self.rho = max(self.start * self.floor, self.rho - self._fall * steps)
+        self.rho = max(self._least, self.rho - self._fall * steps)
 
     def retracted(self, running: RunningRows) -> None:
         decoded = sum(row.made for row in running)
@@ -202,42 +260,75 @@ class Ratio:
         self.rho = min(1.0, (decoded + 20 * len(running)) / (most + 1))
 
     def _reserve(self, remaining: int) -> int:
-        return int(self.rho * min(remaining, self.clip))
+        return int(self.rho * min(remaining, self._parameters.clip))
 
 
-class Peak(StatelessAdmission):
+class Peak(BaseAdmission):
     """The most memory that will ever be held at once must fit (ModelTC/lightllm), page-exact.
 
-    When the request with the k-th longest remaining output ends, the first k are alive and each has
-    grown by that much. With true lengths there are no preemptions.
+    With true lengths, and rows that run in step, there are no preemptions. There a prompt runs by
+    itself and is counted with the token it yields; here it runs beside the others' next token, and
+    so all are counted from now on.
     """
 
     def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
-        rows = [(row.held, row.remaining) for row in running]
-        # The prefill yields one token: it is held, and one less remains.
-        start = (candidate.num_tokens + 1, candidate.max_output - 1)
-        rows += [start] * candidate.num_samples
-        return peak_pages(rows, memory.page_size) <= memory.total_pages
+        peak = running.peak(
+            ("most", memory.page_size), lambda row: row.remaining, page_size=memory.page_size
+        )
+        pages = peak.pages_with(candidate.num_tokens, candidate.max_output, candidate.num_samples)
+        return pages <= memory.total_pages
 
 
-def peak_pages(rows: Sequence[tuple[int, int]], page_size: int) -> int:
-    """Most pages held at once by rows (tokens held, tokens remaining) that all run to their end."""
-    rows = sorted(rows, key=lambda row: -row[1])
-    peak = 0
-    for k, (_, steps) in enumerate(rows):
-        if k + 1 < len(rows) and rows[k + 1][1] == steps:
-            continue  # ends that tie are counted once, with all of them alive
-        peak = max(peak, sum(-(-(held + steps) // page_size) for held, _ in rows[: k + 1]))
-    return peak
+@dataclass(frozen=True, slots=True)
+class PastFutureParameters:
+    """Outputs are expected to be quantile `u` of the client's last `hist`, plus `slack` tokens.
+
+    Until a client has `min_samples` all clients' count; until there is any, `expect` tokens (0: all
+    that a request may make).
+    """
+
+    hist: int = 1000
+    u: float = 0.7
+    min_samples: int = 16
+    slack: int = 0
+    expect: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 < self.u <= 1, "u", self.u, "a number in (0, 1]")
+        for name, least in (("hist", 1), ("min_samples", 1), ("slack", 0), ("expect", 0)):
+            value = getattr(self, name)
+            require(value >= least, name, value, f"{least} or more")
 
 
-ADMISSIONS: Mapping[str, Callable[[], Admission]] = MappingProxyType(
-    {
-        "slice_lease": SliceLease,
-        "reserve_max": ReserveMax,
-        "reserve_remaining": ReserveRemaining,
-        "reserve_prompt": ReservePrompt,
-        "ratio": Ratio,
-        "peak": Peak,
-    }
-)
+class PastFuture(BaseAdmission):
+    """`Peak` with the output lengths that the past lets expect instead of the longest allowed.
+
+    After the Past-Future scheduler (arXiv 2507.10150). Reconstruction: a quantile stands where
+    there one is drawn, the history is the client's, and rows and candidate are judged anew at every
+    admission.
+    """
+
+    def __init__(self, lengths: OutputLength, *, slack: int = 0):
+        self._lengths = lengths
+        self._slack = slack
+        self._heard = 0
+
+    def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
+        if not running:
+            return _starts(candidate, memory)
+        peak = running.peak(
+            ("expected", self._heard, memory.page_size),
+            lambda row: self._remaining(row.client, row.made, row.remaining),
+            page_size=memory.page_size,
+        )
+        output = self._remaining(candidate.client, candidate.made, candidate.max_output)
+        pages = peak.pages_with(candidate.num_tokens, output, candidate.num_samples)
+        return pages <= memory.total_pages
+
+    def finished(self, client: str, num_tokens: int) -> None:
+        self._lengths.finished(client, num_tokens)
+        self._heard += 1
+
+    def _remaining(self, client: str, made: int, most: int) -> int:
+        expected = self._lengths.expected(client, made, made + most) - made
+        return min(most, expected + self._slack)

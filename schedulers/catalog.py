@@ -9,9 +9,22 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
-from . import laws
+from . import laws, rule_laws
+from .admission import (
+    Admission,
+    PastFuture,
+    PastFutureParameters,
+    Peak,
+    Ratio,
+    RatioParameters,
+    ReserveMax,
+    ReservePrompt,
+    ReserveRemaining,
+    SliceLease,
+)
+from .estimators.output_length import ClientHistory, Constant
 from .order import Order
 from .order.deadline import Deadline
 from .order.dfs_weight import DfsWeight
@@ -24,6 +37,8 @@ from .order.priority import Priority, PriorityParameters
 from .order.shortest_prefill_first import ShortestPrefillFirst
 from .order.vtc import Vtc, VtcParameters
 from .parameters import NoParameters, read
+from .slicing import Adaptive, AdaptiveParameters, Fixed, SliceBounds, Slicing, WholeSequence
+from .victims import VictimKey, fewest_made, newest
 
 Standing = Literal["published", "code", "re-implementation", "reconstruction", "project rule"]
 """How sure it is that a policy is what its source means; reconstruction is said in its summary."""
@@ -33,21 +48,52 @@ MakeOrder = Callable[[Any, int], Order]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OrderPolicy:
-    """One order. `make` gets an instance of `parameters`; `laws` are names of `laws.LAWS`.
-
-    `tight` are options under which its laws are tested: small enough to bite in a short run.
-    """
+class Policy:
+    """One choice among others of its kind. `make` of a kind gets an instance of `parameters`."""
 
     name: str
     summary: str
     source: str
     standing: Standing
-    make: MakeOrder
     parameters: type = NoParameters
     laws: tuple[str, ...] = ()
-    tight: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderPolicy(Policy):
+    """One order. `laws` are names of `laws.LAWS`.
+
+    `tight` are options under which its laws are tested: small enough to bite in a short run.
+    `needs_prefix_cache`: without one it would be another order in disguise.
+    """
+
+    make: MakeOrder
+    tight: tuple[str, ...] = ()
+    needs_prefix_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionPolicy(Policy):
+    """One admission rule. `laws` are names of `rule_laws.ADMISSION_LAWS`."""
+
+    make: Callable[[Any], Admission]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlicingPolicy(Policy):
+    """One slicing. `laws` are names of `rule_laws.SLICING_LAWS`; `bounds_gap`: it keeps to the
+    longest gap that it is given."""
+
+    make: Callable[[Any, SliceBounds], Slicing]
+    bounds_gap: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VictimPolicy(Policy):
+    """One victim rule; a `key` None leaves it to the order."""
+
+    key: VictimKey | None
 
 
 _EVERYONE: Final = laws.OF_EVERYONE
@@ -111,6 +157,7 @@ _ORDERS: Final = (
         source="sgl-project/sglang",
         standing="code",
         make=lambda parameters, page_size: DfsWeight(),
+        needs_prefix_cache=True,
         laws=(*_EVERYONE, "work_conserving"),
     ),
     OrderPolicy(
@@ -119,6 +166,7 @@ _ORDERS: Final = (
         source="SGLang, arXiv 2312.07104",
         standing="code",
         make=lambda parameters, page_size: Lpm(),
+        needs_prefix_cache=True,
         laws=(*_EVERYONE, "work_conserving"),
     ),
     OrderPolicy(
@@ -137,25 +185,164 @@ _ORDERS: Final = (
         source="Locality-aware Fair Scheduling, arXiv 2501.14312, by two re-implementations",
         standing="re-implementation",
         make=lambda parameters, page_size: Dlpm(parameters),
+        needs_prefix_cache=True,
         parameters=DlpmParameters,
         tight=(f"quantum={laws.MOST_QUANTUM}",),
         laws=(*_FAIR, "bounded_service_gap"),
     ),
 )
 
-ORDERS: Final[Mapping[str, OrderPolicy]] = MappingProxyType(
-    {policy.name: policy for policy in _ORDERS}
+_ADMISSIONS: Final = (
+    AdmissionPolicy(
+        name="slice_lease",
+        summary="prompt, two slices ahead for every row and a watermark fit; limits are cut first",
+        source="-",
+        standing="project rule",
+        make=lambda parameters: SliceLease(),
+        laws=rule_laws.OF_EVERY_ADMISSION,
+    ),
+    AdmissionPolicy(
+        name="reserve_max",
+        summary="whatever all rows hold and may still make fits into the whole pool",
+        source="-",
+        standing="published",
+        make=lambda parameters: ReserveMax(),
+        laws=(*rule_laws.OF_EVERY_ADMISSION, "never_preempts"),
+    ),
+    AdmissionPolicy(
+        name="reserve_remaining",
+        summary="whatever all rows may still make fits into what is available",
+        source="sgl-project/mini-sglang",
+        standing="code",
+        make=lambda parameters: ReserveRemaining(),
+        laws=(*rule_laws.OF_EVERY_ADMISSION, "never_preempts"),
+    ),
+    AdmissionPolicy(
+        name="reserve_prompt",
+        summary="the prompt fits above a watermark; rows that grow may preempt",
+        source="the vLLM-like scheduler of microsoft/vidur",
+        standing="code",
+        make=lambda parameters: ReservePrompt(),
+        laws=rule_laws.OF_EVERY_ADMISSION,
+    ),
+    AdmissionPolicy(
+        name="ratio",
+        summary="a share of what rows may still make, falling with time, rising on preemption",
+        source="sgl-project/sglang",
+        standing="code",
+        make=Ratio,
+        parameters=RatioParameters,
+        laws=rule_laws.OF_EVERY_ADMISSION,
+    ),
+    AdmissionPolicy(
+        name="peak",
+        summary="the most that will ever be held at once fits, if all make what they may",
+        source="ModelTC/lightllm",
+        standing="code",
+        make=lambda parameters: Peak(),
+        laws=(*rule_laws.OF_EVERY_ADMISSION, "never_preempts_in_step"),
+    ),
+    AdmissionPolicy(
+        name="past_future",
+        summary="peak, with outputs as long as the client's last ones (reconstruction)",
+        source="Past-Future Scheduler, arXiv 2507.10150",
+        standing="reconstruction",
+        make=lambda parameters: PastFuture(
+            ClientHistory(
+                hist=parameters.hist,
+                u=parameters.u,
+                min_samples=parameters.min_samples,
+                otherwise=Constant(parameters.expect),
+            ),
+            slack=parameters.slack,
+        ),
+        parameters=PastFutureParameters,
+        laws=rule_laws.OF_EVERY_ADMISSION,
+    ),
 )
+
+_SLICINGS: Final = (
+    SlicingPolicy(
+        name="adaptive",
+        summary="the length that loses least to the host's work and to waiting for its end",
+        source="-",
+        standing="project rule",
+        make=lambda parameters, bounds: Adaptive(bounds, parameters),
+        parameters=AdaptiveParameters,
+        laws=(*rule_laws.OF_EVERY_SLICING, "keeps_the_gap"),
+        bounds_gap=True,
+    ),
+    SlicingPolicy(
+        name="fixed",
+        summary="slice_steps steps, always",
+        source="-",
+        standing="project rule",
+        make=lambda parameters, bounds: Fixed(bounds.slice_steps, depth=bounds.depth),
+        laws=rule_laws.OF_EVERY_SLICING,
+    ),
+    SlicingPolicy(
+        name="iteration",
+        summary="one step: iteration-level scheduling, continuous batching",
+        source="ILS in Slice-Level Scheduling, arXiv 2406.13511",
+        standing="published",
+        make=lambda parameters, bounds: Fixed(1, depth=bounds.depth),
+        laws=rule_laws.OF_EVERY_SLICING,
+    ),
+    SlicingPolicy(
+        name="sequence",
+        summary="until all rows of the batch end, and only then the next batch",
+        source="SLS in Slice-Level Scheduling, arXiv 2406.13511",
+        standing="published",
+        make=lambda parameters, bounds: WholeSequence(bounds.max_context),
+        laws=rule_laws.OF_EVERY_SLICING,
+    ),
+)
+
+_VICTIMS: Final = (
+    VictimPolicy(
+        name="order",
+        summary="the last in the order; of vtc and dlpm, of the most overdrawn client",
+        source="-",
+        standing="project rule",
+        key=None,
+    ),
+    VictimPolicy(
+        name="newest",
+        summary="the latest arrival",
+        source="the vLLM-like scheduler of microsoft/vidur",
+        standing="code",
+        key=newest,
+    ),
+    VictimPolicy(
+        name="fewest_made",
+        summary="who has made the fewest tokens; of equals the longest prompt",
+        source="sgl-project/sglang",
+        standing="code",
+        key=fewest_made,
+    ),
+)
+
+_Kind = TypeVar("_Kind", bound=Policy)
+
+
+def _by_name(policies: Iterable[_Kind]) -> Mapping[str, _Kind]:
+    return MappingProxyType({policy.name: policy for policy in policies})
+
+
+ORDERS: Final = _by_name(_ORDERS)
+ADMISSIONS: Final = _by_name(_ADMISSIONS)
+SLICINGS: Final = _by_name(_SLICINGS)
+VICTIMS: Final = _by_name(_VICTIMS)
 
 
 def find_order(name: str) -> OrderPolicy:
     """The order of that name or alias. Raises ValueError with the nearest names."""
-    for policy in _ORDERS:
-        if name == policy.name or name in policy.aliases:
-            return policy
-    near = difflib.get_close_matches(name, ORDERS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"order: got {name!r}; allowed: {', '.join(ORDERS)}{hint}")
+    return _find("order", ORDERS, name)
+
+
+def find_slicing(name: str) -> SlicingPolicy:
+    """The slicing of that name. Raises ValueError with the nearest names."""
+    return _find("slicing", SLICINGS, name)
 
 
 def make_order(name: str, options: Iterable[str] = (), *, page_size: int) -> Order:
@@ -164,18 +351,58 @@ def make_order(name: str, options: Iterable[str] = (), *, page_size: int) -> Ord
     Raises ValueError for a name, a parameter or a value that does not exist.
     """
     policy = find_order(name)
-    texts = {}
-    for option in options:
-        parameter, equals, text = option.partition("=")
-        if not equals:
-            raise ValueError(f"got {option!r}; options look like parameter=value")
-        if parameter in texts:
-            raise ValueError(f"{parameter}: got it twice; allowed: once")
-        texts[parameter] = text
-    return policy.make(read(policy.parameters, texts), page_size)
+    return policy.make(_parameters("order", policy, options), page_size)
 
 
-def describe(policy: OrderPolicy) -> list[str]:
+def make_admission(name: str, options: Iterable[str] = ()) -> Admission:
+    """The same of an admission rule."""
+    policy = _find("admission", ADMISSIONS, name)
+    return policy.make(_parameters("admission", policy, options))
+
+
+def make_slicing(name: str, options: Iterable[str] = (), *, bounds: SliceBounds) -> Slicing:
+    """The same of a slicing."""
+    policy = find_slicing(name)
+    return policy.make(_parameters("slicing", policy, options), bounds)
+
+
+def victim_key(name: str) -> VictimKey | None:
+    """The key of a victim rule; None: the order's own. Raises ValueError for an unknown name."""
+    return _find("victim", VICTIMS, name).key
+
+
+def _find(kind: str, policies: Mapping[str, _Kind], name: str) -> _Kind:
+    for policy in policies.values():
+        if name == policy.name or name in policy.aliases:
+            return policy
+    raise ValueError(not_found(kind, name, policies))
+
+
+def not_found(kind: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that does not exist: the names that do, and the nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{kind}: got {name!r}; allowed: {', '.join(names)}{hint}"
+
+
+def _parameters(kind: str, policy: Policy, options: Iterable[str]) -> Any:
+    """An instance of the policy's parameters, from texts such as "quantum=4096"."""
+    try:
+        texts = {}
+        for option in options:
+            parameter, equals, text = option.partition("=")
+            if not equals:
+                raise ValueError(f"got {option!r}; options look like parameter=value")
+            if parameter in texts:
+                raise ValueError(f"{parameter}: got it twice; allowed: once")
+            texts[parameter] = text
+        return read(policy.parameters, texts)
+    except ValueError as error:
+        raise ValueError(f"{kind}_options: {error}") from None
+
+
+def describe(policy: Policy) -> list[str]:
     """A policy in a few lines, for people."""
     fields = dataclasses.fields(policy.parameters)
     parameters = ", ".join(f"{field.name}={field.default}" for field in fields)
@@ -183,4 +410,6 @@ def describe(policy: OrderPolicy) -> list[str]:
     lines = [f"{names}: {policy.summary}", f"  source: {policy.source} ({policy.standing})"]
     if parameters:
         lines.append(f"  parameters: {parameters}")
-    return [*lines, f"  laws: {', '.join(policy.laws)}"]
+    if policy.laws:
+        lines.append(f"  laws: {', '.join(policy.laws)}")
+    return lines

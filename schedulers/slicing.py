@@ -9,6 +9,22 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from .estimators.serving_time import ServingTime, SliceShape
+from .parameters import positive, require
+
+
+@dataclass(frozen=True, slots=True)
+class SliceBounds:
+    """What the engine allows: S, tokens of the longest context, the longest time that slices in
+    flight may take (0: unbounded), and whether two may be in flight."""
+
+    slice_steps: int
+    max_context: int
+    max_gap_s: float
+    overlap: bool
+
+    @property
+    def depth(self) -> int:
+        return 2 if self.overlap else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +62,19 @@ class Slicing(Protocol):
     max_steps: int
     admits_while_running: bool
 
-    def choose(self, view: SlicingView) -> SliceLength: ...
+    def choose(self, view: SlicingView) -> SliceLength:
+        """The next slice."""
+        ...
 
-    def arrived(self, now_s: float) -> None: ...
+    def arrived(self, now_s: float) -> None:
+        """A request came."""
+        ...
 
-    def ran(self, shape: SliceShape, *, slice_s: float, host_s: float, finished: int) -> None: ...
+    def ran(
+        self, shape: SliceShape, *, slice_s: float, host_s: float, made: int, finished: int
+    ) -> None:
+        """A slice ran: its rows made so many tokens, and so many of them ended."""
+        ...
 
 
 class _Unlearning:
@@ -61,7 +85,9 @@ class _Unlearning:
     def arrived(self, now_s: float) -> None:
         pass
 
-    def ran(self, shape: SliceShape, *, slice_s: float, host_s: float, finished: int) -> None:
+    def ran(
+        self, shape: SliceShape, *, slice_s: float, host_s: float, made: int, finished: int
+    ) -> None:
         pass
 
 
@@ -88,6 +114,32 @@ class WholeSequence(_Unlearning):
         return SliceLength(max(view.remaining, default=1), max(1, len(view.remaining)), 1)
 
 
+@dataclass(frozen=True, slots=True)
+class AdaptiveParameters:
+    """What is believed before anything was measured, and how slowly beliefs change.
+
+    `host_s` is the host's work per slice, `hazard` the chance that a row ends with a token.
+    `memory` is what a slice leaves of the older belief in both, `arrival_memory` an arrival of that
+    in the gap between arrivals, `forgetting` a slice of the weight of older ones in the model of
+    serving time.
+    """
+
+    host_s: float = 1e-3
+    hazard: float = 1e-2
+    memory: float = 0.95
+    arrival_memory: float = 0.9
+    forgetting: float = 0.995
+
+    def __post_init__(self) -> None:
+        positive("host_s", self.host_s)
+        require(0 < self.hazard <= 1, "hazard", self.hazard, "a number in (0, 1]")
+        for name in ("memory", "arrival_memory"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "a number in [0, 1)")
+        forgetting = self.forgetting
+        require(0.5 <= forgetting <= 1, "forgetting", forgetting, "a number in [0.5, 1]")
+
+
 class Adaptive:
     """The length that loses least, in row-steps per step.
 
@@ -97,25 +149,28 @@ class Adaptive:
         depth 1:  (H B + r S^2 / 2) / S      least at S = sqrt(2 H B / r)
         depth 2:  (F B + 3 r S^2 / 2) / S    least at S = sqrt(2 F B / (3 r)), and S >= H
     where F is the fixed cost of a dispatch on the device. Events are arrivals, estimated from their
-    gaps, and, only when there is a backlog, rows that end (hazard per row and step): an idle row
+    gaps, and, only when there is a backlog, rows that end (hazard per token): an idle row
     costs nothing that anybody waits for otherwise. With a backlog the slice may run to 2 S but ends
     once r S rows have ended, which is what S stands for. Prompts cut by the token budget make it
     one step: the next slice can take more of them at once.
 
     `max_gap_s` bounds the predicted time of what is in flight, and so both the delivery gap of
-    running streams and the wait for admission.
+    running streams and the wait for admission; where not even two steps fit into it, one slice at
+    a time is in flight.
     """
 
     admits_while_running = True
-    _memory = 0.95
+    _prior_tokens = 100.0
 
-    def __init__(self, max_steps: int, *, max_gap_s: float, overlap: bool, time: ServingTime):
-        self.max_steps = max_steps
-        self._max_gap_s = max_gap_s
-        self._overlap = overlap
-        self._time = time
-        self._host_s = 1e-3
-        self._hazard = 1e-2
+    def __init__(self, bounds: SliceBounds, parameters: AdaptiveParameters | None = None):
+        self.max_steps = bounds.slice_steps
+        self._bounds = bounds
+        self._parameters = parameters or AdaptiveParameters()
+        self._time = ServingTime(forgetting=self._parameters.forgetting)
+        self._host_s = self._parameters.host_s
+        # Tokens and ends of past slices, older ones counting less: their ratio is the hazard.
+        self._made = self._prior_tokens
+        self._ended = self._parameters.hazard * self._prior_tokens
         self._arrival_gap_s = math.inf
         self._last_arrival_s = -math.inf
 
@@ -123,22 +178,26 @@ class Adaptive:
         gap = now_s - self._last_arrival_s
         self._last_arrival_s = now_s
         if math.isfinite(gap):
-            old = self._arrival_gap_s
-            self._arrival_gap_s = gap if math.isinf(old) else 0.9 * old + 0.1 * gap
+            old, memory = self._arrival_gap_s, self._parameters.arrival_memory
+            self._arrival_gap_s = gap if math.isinf(old) else memory * old + (1 - memory) * gap
 
-    def ran(self, shape: SliceShape, *, slice_s: float, host_s: float, finished: int) -> None:
+    def ran(
+        self, shape: SliceShape, *, slice_s: float, host_s: float, made: int, finished: int
+    ) -> None:
         self._time.observe(shape, slice_s)
-        m = self._memory
-        self._host_s = m * self._host_s + (1 - m) * host_s
-        if shape.steps and shape.rows:
-            self._hazard = m * self._hazard + (1 - m) * finished / (shape.steps * shape.rows)
+        memory = self._parameters.memory
+        self._host_s = memory * self._host_s + (1 - memory) * host_s
+        if made:
+            self._made = memory * self._made + made
+            self._ended = memory * self._ended + finished
 
     def choose(self, view: SlicingView) -> SliceLength:
         rows = max(1, len(view.remaining))
         if view.cut_prompts:
-            return SliceLength(1, rows, 2 if self._overlap else 1)
+            steps, depth = self._bounded(1.0, view, rows, self._bounds.depth)
+            return SliceLength(steps, rows, depth)
         step_s, fixed_s = self._step_s(view, rows)
-        ends = rows * max(self._hazard, 1e-6) if view.backlog else 0.0
+        ends = rows * max(self._ended / self._made, 1e-6) if view.backlog else 0.0
         events = ends + (0.0 if view.backlog else self._arrivals_per_s(view.now_s) * step_s)
         events = max(events, 1e-9)
         host, fixed = self._host_s / step_s, fixed_s / step_s
@@ -146,14 +205,14 @@ class Adaptive:
         loss_one = (host + fixed) * rows / one + events * one / 2
         two = max(host, math.sqrt(2 * fixed * rows / (3 * events)), 1.0)
         loss_two = fixed * rows / two + 1.5 * events * two
-        depth = 2 if self._overlap and loss_two < loss_one else 1
+        depth = 2 if self._bounds.overlap and loss_two < loss_one else 1
         best = two if depth == 2 else one
         longest = max(view.remaining, default=1)
-        if not view.backlog:
-            return SliceLength(min(longest, self._bounded(best, view, rows, depth)), rows, depth)
-        quorum = max(1, min(rows, round(ends * best)))
-        steps = min(longest, self._bounded(2 * best, view, rows, depth))
-        return SliceLength(steps, quorum, depth)
+        quorum = rows
+        if view.backlog:
+            quorum, best = max(1, min(rows, round(ends * best))), 2 * best
+        steps, depth = self._bounded(best, view, rows, depth)
+        return SliceLength(min(longest, steps), quorum, depth)
 
     def _arrivals_per_s(self, now_s: float) -> float:
         """One over the mean gap; a silence longer than the mean gap counts as the gap."""
@@ -173,12 +232,13 @@ class Adaptive:
         step_s = max(two - one, 1e-6)
         return step_s, max(one - step_s, 1e-5)
 
-    def _bounded(self, steps: float, view: SlicingView, rows: int, depth: int) -> int:
-        best = max(1, min(self.max_steps, round(steps)))
-        if self._max_gap_s:
-            while best > 1:
-                seconds = self._time.predict_s(self._shape(best, view, rows))
-                if seconds * depth <= self._max_gap_s:
-                    break
-                best = max(1, min(best - 1, int(best * self._max_gap_s / (seconds * depth))))
-        return best
+    def _bounded(self, steps: float, view: SlicingView, rows: int, depth: int) -> tuple[int, int]:
+        """Steps and depth within the gap: fewer steps first, then fewer slices in flight."""
+        best, gap_s = max(1, min(self.max_steps, round(steps))), self._bounds.max_gap_s
+        if not gap_s:
+            return best, depth
+        while (flight_s := depth * self._time.predict_s(self._shape(best, view, rows))) > gap_s:
+            if best == 1:
+                return 1, 1
+            best = max(1, min(best - 1, int(best * gap_s / flight_s)))
+        return best, depth

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.engine.core_config import CoreConfig, make_slicing
+from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
 from jaxserve.engine.event_log import EventLog
 from jaxserve.engine.executor import Executor
@@ -20,6 +20,7 @@ from jaxserve.models.info import ModelInfo
 from jaxserve.models.sources import ModelSource, load_model_config, load_weights, parse_source
 from jaxserve.models.text_files import check_vocabulary, tokenizer_file
 from jaxserve.request import Limits
+from jaxserve.schedulers.estimators.memory import KvMemory
 
 TILE = 32
 """Prompt tokens per tile: chunks are rounded up to it."""
@@ -138,7 +139,7 @@ def _build_jax(
     shape = BatchShape(
         tile=TILE,
         table_pages=-(-model.max_context // page_size),
-        step_buffer=make_slicing(config.scheduler, _limits(config, model)).max_steps,
+        step_buffer=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
         max_rows=config.scheduler.max_rows,
     )
     max_tiles = -(-config.scheduler.max_prefill_tokens // TILE)
@@ -199,15 +200,19 @@ def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, mesh)
     if config.cache.num_pages is not None:
         return config.cache.num_pages
     free_bytes = _free_bytes(mesh)
-    page_bytes = model.kv_bytes_per_token(value_bytes) * config.cache.page_size
-    fit = int(free_bytes * config.cache.memory_fraction) // page_bytes
-    if fit < 2:
+    fit = KvMemory.within(
+        free_bytes,
+        config.cache.memory_fraction,
+        page_size=config.cache.page_size,
+        bytes_per_token=model.kv_bytes_per_token(value_bytes),
+    )
+    if fit.num_pages < 2:
         raise ConfigError(
             f"kv_memory_fraction: {config.cache.memory_fraction} of {free_bytes / 2**20:.0f} MiB"
-            f" free holds {fit} pages of {page_bytes / 2**20:.2f} MiB, at least 2 are needed;"
-            " lower --page_size or use a smaller model or --dtype=bfloat16"
+            f" free holds {fit.num_pages} pages of {fit.page_bytes / 2**20:.2f} MiB, at least 2 are"
+            " needed; lower --page_size or use a smaller model or --dtype=bfloat16"
         )
-    return min(fit, _pages_rows_can_use(config, model))
+    return min(fit.num_pages, _pages_rows_can_use(config, model))
 
 
 def _free_bytes(mesh) -> int:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import Limits
-from jaxserve.schedulers.estimators.serving_time import ServingTime
-from jaxserve.schedulers.slicing import Adaptive, Fixed, Slicing, WholeSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,22 +20,3 @@ class CoreConfig:
     tile: int
     scheduler: SchedulerConfig
     prefix_cache: bool = True
-
-
-def make_slicing(scheduler: SchedulerConfig, limits: Limits) -> Slicing:
-    """The slicing that the configuration names."""
-    depth = 2 if scheduler.overlap else 1
-    match scheduler.slicing:
-        case "sequence":
-            return WholeSequence(limits.max_context)
-        case "iteration":
-            return Fixed(1, depth=depth)
-        case "fixed":
-            return Fixed(scheduler.slice_steps, depth=depth)
-        case _:
-            return Adaptive(
-                scheduler.slice_steps,
-                max_gap_s=scheduler.max_gap_ms / 1e3,
-                overlap=scheduler.overlap,
-                time=ServingTime(),
-            )

@@ -1,13 +1,29 @@
-"""`jaxserve policies`: every order by name, with its source, its parameters and its laws."""
+"""`jaxserve policies`: every policy and preset by name, with source, parameters and laws."""
+
+from typing import Final
 
 from jaxserve.flags import Settings
-from jaxserve.schedulers.catalog import ORDERS, describe
+from jaxserve.schedulers import presets
+from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, SLICINGS, VICTIMS, describe
+
+_KINDS: Final = (
+    ("orders: who is next (--order, --order_options)", ORDERS),
+    ("admission rules: who fits (--admission, --admission_options)", ADMISSIONS),
+    ("slicings: how long a slice runs (--slicing, --slicing_options)", SLICINGS),
+    ("victim rules: who gives way when pages run short (--victim)", VICTIMS),
+)
 
 
 def main(settings: Settings) -> int:
     """Print the catalogue; returns the exit code."""
-    print("orders (--order, --order_options):")
-    for policy in ORDERS.values():
-        print()
-        print("\n".join(describe(policy)))
+    for title, policies in _KINDS:
+        _print(title, [describe(policy) for policy in policies.values()])
+    title = "presets: all of these under one name (--preset); what is set beside it wins"
+    _print(title, [presets.describe(preset) for preset in presets.PRESETS.values()])
     return 0
+
+
+def _print(title: str, entries: list[list[str]]) -> None:
+    print(f"{title}\n")
+    for lines in entries:
+        print("\n".join(lines), end="\n\n")

@@ -1,1 +1,1 @@
-"""Estimators: serving time now; memory and output length join them."""
+"""Estimators: serving time, memory and output length. They may be wrong; nothing breaks if so."""

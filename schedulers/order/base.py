@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Takes
 from ..ranking import Ranking
+from .charges import Prices
 
 Key = tuple[int | float, ...]
 """What requests are sorted by, smallest first."""
@@ -31,6 +33,49 @@ class Order(Protocol):
 
     def running(self) -> list[RequestNumber]:
         """Running requests, the one to serve first in front: victims are taken from the end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """The largest of what was seen so far, in tokens; service bounds are made of it.
+
+    `prompt` of one request, `extend` of one admission, `output` of one request, `refund` of one
+    request that stopped before its prompt was run. `rows` counts requests of one client that ran at
+    once; `least_weight` is that of the clients that are compared.
+    """
+
+    prompt: int = 0
+    extend: int = 0
+    output: int = 0
+    refund: int = 0
+    rows: int = 0
+    least_weight: float = 1.0
+
+
+@runtime_checkable
+class FairOrder(Order, Protocol):
+    """An order that charges clients for service, in priced tokens."""
+
+    @property
+    def prices(self) -> Prices: ...
+
+    def charged(self, client: str) -> float:
+        """What a client that has requests was charged so far, less what was given back.
+
+        A prompt counts from its admission on, whenever its charge falls due. Only differences of
+        it mean something, and only while the client has requests.
+        """
+        ...
+
+    def credit(self, client: str) -> float | None:
+        """What the client may still be charged before it has to wait; below 0 it is overdrawn.
+        None for clients that are not known, and in orders that give no credit."""
+        ...
+
+    def service_bound(self, seen: Extremes) -> float | None:
+        """The most that two clients with requests waiting throughout can be charged apart, each by
+        its weight, over any interval so far. None where nothing is promised."""
         ...
 
 

@@ -20,6 +20,7 @@ from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Reques
 from ..parameters import not_negative, positive
 from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
+from .base import Extremes
 from .charges import KNOWN_CLIENT_S, NOTHING, Bill, Charges, Prices
 
 
@@ -51,7 +52,8 @@ class DlpmParameters:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """`credit` is what is left of its quanta, `held` what planned tokens will be charged.
+    """`credit` is what is left of its quanta, `held` what planned tokens will be charged, `charged`
+    what was, with what is held.
 
     `since` says when its waiting requests came, by number; `key` is where the index has it.
     """
@@ -61,6 +63,7 @@ class _Client:
     credit: float
     last_seen_s: float
     held: float = 0.0
+    charged: float = 0.0
     since: Ranking[RequestNumber, float] = field(default_factory=Ranking)
     num_running: int = 0
     key: tuple[Any, ...] | None = None
@@ -85,9 +88,10 @@ class Dlpm:
 
     def __init__(self, parameters: DlpmParameters | None = None):
         self._parameters = known = parameters or DlpmParameters()
-        self._charges = Charges(
-            Prices(known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted")
+        self.prices = Prices(
+            known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted"
         )
+        self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
         self._tree = WaitingTree()  # a lane per client
         self._ready: Ranking[Any, _Client] = Ranking()  # those with credit and a queue
@@ -139,6 +143,22 @@ class Dlpm:
         """Every known client's credit, in priced tokens."""
         return {client.name: client.credit for client in self._clients.values()}
 
+    def charged(self, client: str) -> float:
+        return self._clients[client].charged
+
+    def credit(self, client: str) -> float | None:
+        known = self._clients.get(client)
+        return None if known is None else known.credit
+
+    def service_bound(self, seen: Extremes) -> float:
+        """2 (Q + U), where U is made of what was seen so far, and what was given back may lift a
+        credit beyond Q. Tokens in flight are charged when they are parsed, and count from then."""
+        prices = self.prices
+        extend = prices.w_in * (seen.extend + prices.price_cached * seen.prompt)
+        overdraft = extend + prices.w_out * seen.rows * seen.output
+        refund = prices.w_in * seen.rows * seen.refund
+        return 2 * (self._parameters.quantum + (overdraft + refund) / seen.least_weight)
+
     # Credit.
 
     def _refill(self) -> None:
@@ -164,6 +184,7 @@ class Dlpm:
         had_credit = client.credit > client.held
         client.credit -= bill.charge
         client.held += bill.hold
+        client.charged += bill.charge + bill.hold
         self._sorted = None
         if had_credit is not (client.credit > client.held):
             self._place(client)
@@ -181,7 +202,8 @@ class Dlpm:
             credit = quantum if self._parameters.new_client_credit == "quantum" else 0.0
             client = _Client(event.client, quantum, credit, event.arrived_s)
             self._clients[client.name] = client
-        client.quantum = quantum  # a key's weight may have changed
+        if quantum != client.quantum:  # a key's weight may have changed
+            client.quantum, client.credit = quantum, min(client.credit, quantum)
         self._arrivals[event.number] = event
         self._charges.arrived(event.number, event.num_prompt_tokens)
         self._queue(client, event, event.num_cached)

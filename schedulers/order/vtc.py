@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
 from ..parameters import not_negative
 from ..ranking import Ranking
+from .base import Extremes
 from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
 class VtcParameters:
-    """Prices per token. `idle_lift`: who finds the system idle starts level with who left last."""
+    """Prices per token. `idle_lift`: who finds the queue empty starts level with who left it last;
+    without, whoever ran alone for long would have to wait until a newcomer got as much."""
 
     w_in: float = 1.0
     w_out: float = 2.0
@@ -30,11 +32,13 @@ class VtcParameters:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """`counter` is the service charged so far, by weight; `waiting` its queue, by arrival."""
+    """`counter` is the service charged so far, by weight, and what it was lifted by; `charged` is
+    the charges alone, not by weight. `waiting` is its queue, by arrival."""
 
     name: str
     weight: float
     counter: float = 0.0
+    charged: float = 0.0
     waiting: Ranking[RequestNumber, None] = field(default_factory=Ranking)
     num_requests: int = 0
     last_seen_s: float = 0.0
@@ -49,8 +53,9 @@ class Vtc:
 
     def __init__(self, parameters: VtcParameters | None = None):
         self._parameters = parameters or VtcParameters()
-        prices = self._parameters
-        self._charges = Charges(Prices(prices.w_in, prices.w_out, prices.price_cached))
+        known = self._parameters
+        self.prices = Prices(known.w_in, known.w_out, known.price_cached)
+        self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
         # By counter and name, those with a queue.
         self._queued: Ranking[tuple[float, str], _Client] = Ranking()
@@ -94,6 +99,28 @@ class Vtc:
     def counters(self) -> dict[str, float]:
         """What every remembered client was charged, by weight."""
         return {client.name: client.counter for client in self._clients.values()}
+
+    def charged(self, client: str) -> float:
+        return self._clients[client].charged
+
+    def credit(self, client: str) -> None:
+        return None
+
+    def service_bound(self, seen: Extremes) -> float | None:
+        """2 U with U = w_in * longest prompt + w_out * rows of a client * longest output, of what
+        was seen so far, and beyond that what was given back. None without `idle_lift`.
+
+        Who has the least counter is admitted, and is ahead by that prompt and by what its rows
+        make before all end, at most. The published max(w_in * prompt, w_out * tokens of a batch)
+        may be less than that, where prompts cost more than outputs.
+        """
+        if not self._parameters.idle_lift:
+            return None
+        prices = self.prices
+        prompt = prices.w_in * max(1.0, prices.price_cached) * seen.prompt
+        output = prices.w_out * seen.rows * seen.output
+        refund = prices.w_in * seen.rows * seen.refund
+        return 2 * (prompt + output + refund) / seen.least_weight
 
     def _tick(self, event: Tick) -> None:
         now_s = self._now_s = event.now_s
@@ -141,7 +168,7 @@ class Vtc:
     def _lift(self, client: _Client) -> None:
         if self._queued:
             client.counter = max(client.counter, self._queued.least()[0])
-        elif self._parameters.idle_lift and not self._running and self._last_left is not None:
+        elif self._parameters.idle_lift and self._last_left is not None:
             client.counter = max(client.counter, self._last_left.counter)
 
     def _join(self, client: _Client, number: RequestNumber) -> None:
@@ -161,6 +188,7 @@ class Vtc:
         self._sorted = None
         if client.waiting:
             del self._queued[client.counter, client.name]
+        client.charged += bill.charge
         client.counter += bill.charge / client.weight
         if client.waiting:
             self._queued.put((client.counter, client.name), client)

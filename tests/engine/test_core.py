@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import ADMISSIONS, SchedulerConfig
+from jaxserve.config import SchedulerConfig
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.errors import BadRequest, QueueFull
 from jaxserve.request import Delta, FinishReason, Limits, Request, SamplingParams
-from jaxserve.schedulers.catalog import ORDERS
+from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, VICTIMS
 from jaxserve.schedulers.prefix_tree import page_keys
 
 VOCAB, CONTEXT, EOS = 97, 256, 13
@@ -233,6 +233,39 @@ def test_a_cached_prompt_is_not_run_again() -> None:
     assert core.statistics().prefill_tokens == 40 + 8
 
 
+def test_each_client_is_credited_with_what_was_run_for_it() -> None:
+    """Two clients with one prompt of 40 tokens and 4 of output each, at 2 and 3 a token."""
+    for order, options, credits in (
+        ("dlpm", ("quantum=50", "w_in=2", "w_out=3"), (8.0, 22.0)),
+        ("vtc", ("w_in=2", "w_out=3"), (None, None)),
+    ):
+        core = make_core(order=order, order_options=options)
+        harness = Harness(core)
+        for name in ("ann", "bob"):
+            request = make_request(name, list(range(40)), max_tokens=4, client=name)
+            harness.submit(request)
+            harness.run()
+        ann, bob = sorted(core.meter.clients(), key=lambda client: client.client)
+        assert (ann.computed, ann.cached, ann.output) == (40, 0, 4)
+        assert (bob.computed, bob.cached, bob.output) == (8, 32, 4)
+        assert (ann.service, ann.service_uncached) == (92, 92)
+        assert (bob.service, bob.service_uncached) == (92, 28)
+        # A quantum each: 50 - 92, and a second one that came with the other's; 50 - 28.
+        assert (ann.credit, bob.credit) == credits
+
+
+@pytest.mark.parametrize("order", ["fcfs", "dlpm", "vtc"])
+def test_a_recomputed_prompt_is_served_once(order: str) -> None:
+    core = make_core(num_pages=30, admission="reserve_prompt", slice_steps=4, order=order)
+    harness = Harness(core)
+    for i in range(6):
+        harness.submit(make_request(f"r{i}", [i] * 17, max_tokens=70, client=f"c{i % 2}"))
+    harness.run()
+    assert core.statistics().recomputed_tokens > 0
+    for client in core.meter.clients():
+        assert (client.computed, client.cached, client.output) == (3 * 17, 0, 3 * 70)
+
+
 def test_output_pages_are_found_by_the_next_turn() -> None:
     core = make_core()
     harness = Harness(core)
@@ -314,12 +347,13 @@ def test_what_can_never_run_is_refused() -> None:
     seed=st.integers(0, 2**32 - 1),
     num_pages=st.integers(12, 80),
     slicing=st.sampled_from(["iteration", "fixed", "adaptive"]),
-    admission=st.sampled_from(ADMISSIONS),
+    admission=st.sampled_from(list(ADMISSIONS)),
     order=st.sampled_from(list(ORDERS)),
+    victim=st.sampled_from(list(VICTIMS)),
     overlap=st.booleans(),
 )
 def test_no_page_is_lost_whatever_happens(
-    seed: int, num_pages: int, slicing: str, admission: str, order: str, overlap: bool
+    seed: int, num_pages: int, slicing: str, admission: str, order: str, victim: str, overlap: bool
 ) -> None:
     """Random arrivals, forks, aborts, row limits, preemptions and finishes, in any interleaving."""
     rng = np.random.default_rng(seed)
@@ -329,6 +363,7 @@ def test_no_page_is_lost_whatever_happens(
         admission=admission,
         order=order,
         order_options=ORDERS[order].tight,
+        victim=victim,
         overlap=overlap,
     )
     harness, requests, aborted = Harness(core), {}, set()
@@ -364,7 +399,7 @@ def test_no_page_is_lost_whatever_happens(
         waiting = list(core.order.waiting())
         assert sorted([*waiting, *core.order.running()]) == sorted(core.jobs)
         if order == "lpm":  # what it knows of the cache is what the pool has
-            match = core._planner.num_cached
+            match = core.prefixes.num_cached
             assert waiting == sorted(waiting, key=lambda n: (-match(core.jobs[n]), n))
     harness.run()
     for name, request in requests.items():
@@ -376,4 +411,64 @@ def test_no_page_is_lost_whatever_happens(
             else:
                 assert name in aborted or finish.message
                 assert harness.tokens[name, sample] == whole[: len(harness.tokens[name, sample])]
+    if "never_preempts" in ADMISSIONS[admission].laws:
+        assert not core.statistics().preemptions
     assert_all_pages_back(core)
+
+
+@pytest.mark.parametrize(
+    ("victim", "first"), [("order", "b"), ("newest", "c"), ("fewest_made", "a")]
+)
+def test_who_gives_way_is_up_to_the_victim_rule(victim: str, first: str) -> None:
+    core = make_core(num_pages=15, admission="reserve_prompt", order="priority", victim=victim)
+    preempted: list[str] = []
+    preempt = core.preempt
+
+    def watched(job) -> None:
+        preempted.append(job.request.request_id)
+        preempt(job)
+
+    core.preempt = watched
+    harness = Harness(core)
+    # "c" is the most urgent and starts first; "a" and "b" start in the next slice, "b" ranks last.
+    requests = [
+        make_request("a", [1] * 30, max_tokens=60, priority=5),
+        make_request("b", [2] * 2, max_tokens=60, priority=9),
+        make_request("c", [3] * 17, max_tokens=60, priority=1),
+    ]
+    for request in requests:
+        harness.submit(request)
+    harness.run()
+    assert preempted[0] == first
+    for request in requests:
+        assert harness.tokens[request.request_id, 0] == expected(request)
+    assert_all_pages_back(core)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_one_request_always_runs_on(victim: str) -> None:
+    core = make_core(num_pages=14, admission="reserve_prompt", victim=victim)
+    harness = Harness(core)
+    for i in range(4):
+        harness.submit(make_request(f"r{i}", [i] * 9, max_tokens=100))
+    harness.run()
+    assert core.statistics().preemptions
+    assert all(len(harness.tokens[f"r{i}", 0]) == 100 for i in range(4))
+
+
+def test_past_future_lets_in_by_what_ended_before() -> None:
+    def running_at_once(*outputs: int) -> int:
+        core = make_core(num_pages=24, admission="past_future", max_prefill_tokens=256)
+        harness = Harness(core)
+        for i, output in enumerate(outputs):  # the device counts up from the last prompt token
+            params = {"max_tokens": 90, "stop_token_ids": (40,)}
+            harness.submit(make_request(f"h{i}", [40 - output], **params))
+            harness.run()
+        for i in range(8):
+            harness.submit(make_request(f"r{i}", [50 + i] * 8, max_tokens=90))
+        harness.dispatch()
+        return len(core.order.running())
+
+    assert running_at_once(*[4] * 20) == 8
+    assert running_at_once(*[30] * 20) == 4
+    assert running_at_once() == 1

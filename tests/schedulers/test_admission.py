@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.schedulers.admission import (
-    ADMISSIONS,
+    Admission,
     Candidate,
     Memory,
     Peak,
@@ -14,8 +14,9 @@ from jaxserve.schedulers.admission import (
     Running,
     RunningRows,
     SliceLease,
-    peak_pages,
 )
+from jaxserve.schedulers.catalog import ADMISSIONS, make_admission
+from jaxserve.schedulers.peak_memory import PeakMemory
 
 
 def memory(*, total: int, available: int | None = None, page_size: int = 1, steps: int = 4):
@@ -30,6 +31,22 @@ def memory(*, total: int, available: int | None = None, page_size: int = 1, step
 
 def candidate(tokens: int, *, output: int, page_size: int = 1, samples: int = 1) -> Candidate:
     return Candidate(tokens, -(-tokens // page_size), output, samples)
+
+
+def peak_pages(rows: list[tuple[int, int]], page_size: int) -> int:
+    peak = PeakMemory(page_size)
+    peak.join([held for held, _ in rows], [left for _, left in rows])
+    return peak.pages()
+
+
+def plain_peak(rows: list[tuple[int, int]], page_size: int) -> int:
+    """The formula as it is published, with pages for tokens."""
+    rows = sorted(rows, key=lambda row: -row[1])
+    sums = [0]
+    for k, (_, steps) in enumerate(rows):
+        if k + 1 == len(rows) or rows[k + 1][1] != steps:  # ends that tie count all that tie
+            sums.append(sum(-(-(held + steps) // page_size) for held, _ in rows[: k + 1]))
+    return max(sums)
 
 
 def simulate_peak(rows: list[tuple[int, int]], page_size: int) -> int:
@@ -51,7 +68,7 @@ def test_peak_worked_example() -> None:
 
 def test_peak_admits_up_to_the_pool() -> None:
     running = [Running(10, 10, 4), Running(6, 6, 2)]
-    new = Candidate(num_tokens=2, cost_pages=2, max_output=8, num_samples=1)  # 3 used, 7 remain
+    new = Candidate(num_tokens=3, cost_pages=3, max_output=7, num_samples=1)
     assert Peak().admits(new, RunningRows(running), memory(total=25))
     assert not Peak().admits(new, RunningRows(running), memory(total=24))
 
@@ -64,13 +81,36 @@ def test_peak_equals_step_by_step_simulation(rows, page_size: int) -> None:
     peak = peak_pages(rows, page_size)
     assert peak == simulate_peak(rows, page_size)
     assert peak <= sum(-(-(held + left) // page_size) for held, left in rows)
+    assert peak == plain_peak(rows, page_size)
     assert peak_pages([*rows, (1, 1)], page_size) >= peak
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), max_size=8),
+    cut=st.integers(0, 8),
+    held=st.integers(1, 40),
+    remaining=st.integers(0, 30),
+    copies=st.integers(1, 3),
+    page_size=st.sampled_from([1, 4, 16]),
+)
+def test_peak_is_the_same_however_rows_join(
+    rows, cut: int, held: int, remaining: int, copies: int, page_size: int
+) -> None:
+    peak = PeakMemory(page_size)
+    for part in (rows[:cut], rows[cut:]):
+        peak.join([row[0] for row in part], [row[1] for row in part])
+    assert peak.pages() == plain_peak(rows, page_size)
+    more = [*rows, *[(held, remaining)] * copies]
+    assert peak.pages_with(held, remaining, copies) == plain_peak(more, page_size)
+    assert peak.pages() == plain_peak(rows, page_size)  # asking changed nothing
 
 
 @pytest.mark.parametrize("name", ADMISSIONS)
 def test_an_empty_pool_admits_what_fits_and_a_small_one_does_not(name: str) -> None:
-    assert ADMISSIONS[name]().admits(candidate(10, output=5), RunningRows(), memory(total=100))
-    assert not ADMISSIONS[name]().admits(candidate(101, output=5), RunningRows(), memory(total=100))
+    assert make_admission(name).admits(candidate(10, output=5), RunningRows(), memory(total=100))
+    assert not make_admission(name).admits(
+        candidate(101, output=5), RunningRows(), memory(total=100)
+    )
 
 
 @pytest.mark.parametrize("name", ADMISSIONS)
@@ -85,7 +125,7 @@ def test_more_memory_never_refuses_what_less_admits(name: str, data) -> None:
     total = leased + data.draw(st.integers(0, 40))
     small = memory(total=total, available=total - leased, page_size=8)
     large = memory(total=total + 5, available=total + 5 - leased, page_size=8)
-    rule = ADMISSIONS[name]()
+    rule = make_admission(name)
     if rule.admits(new, RunningRows(running), small):
         assert rule.admits(new, RunningRows(running), large)
 
@@ -127,9 +167,90 @@ def test_rules_are_deterministic() -> None:
     for name in ADMISSIONS:
         first, second = (
             [
-                ADMISSIONS[name]().admits(candidate(t, output=o), RunningRows(), memory(total=m))
+                make_admission(name).admits(candidate(t, output=o), RunningRows(), memory(total=m))
                 for t, o, m in cases
             ]
             for _ in range(2)
         )
         assert first == second
+
+
+@pytest.mark.parametrize(
+    ("option", "rho"), [("start=0.5", 0.07), ("floor=0.5", 0.35), ("decay_steps=1200", 0.399)]
+)
+def test_how_ratio_falls_is_up_to_its_parameters(option: str, rho: float) -> None:
+    rule = make_admission("ratio", [option])
+    assert isinstance(rule, Ratio)
+    rule.ticked(600)
+    assert rule.rho == pytest.approx(rho)
+
+
+def test_ratio_counts_no_more_of_an_output_than_its_clip() -> None:
+    running = [Running(held=10, leased_pages=10, remaining=1000)]
+    for clip, admitted in ((100, True), (1000, False)):
+        rule = make_admission("ratio", [f"clip={clip}"])
+        assert rule.admits(candidate(1, output=1), RunningRows(running), memory(total=300)) == (
+            admitted
+        )
+
+
+def room(rule: Admission, client: str = "a", *, made: int = 0, total: int = 100) -> int:
+    """Rows of `made` tokens of at most 50 beside a first one, page size 1."""
+    new = Candidate(1 + made, 1 + made, 50 - made, 1, client, made)
+    running = RunningRows([Running(1 + made, 1 + made, 50 - made, made, client)])
+    while rule.admits(new, running, memory(total=total)):
+        running.extend([Running(1 + made, 1 + made, 50 - made, made, client)])
+    return len(running)
+
+
+def taught(*options: str, **outputs: list[int]) -> Admission:
+    rule = make_admission("past_future", options)
+    for client, lengths in outputs.items():
+        for length in lengths:
+            rule.finished(client, length)
+    return rule
+
+
+def test_past_future_is_peak_while_nothing_is_known() -> None:
+    assert room(taught()) == room(make_admission("peak")) == 1
+    assert room(taught("expect=9")) == 10
+    assert room(taught("expect=9"), made=8, total=110) == 11
+    assert room(taught("expect=9"), made=9, total=110) == 2  # all 9 are made: up to 50, then
+
+
+def test_past_future_takes_the_clients_own_history_and_else_everybodys() -> None:
+    rule = taught(a=[9] * 16, b=[19] * 16)
+    assert room(rule, "a") == 10 and room(rule, "b") == 5
+    assert room(rule, "c") == 5  # quantile 0.7 of both
+    assert room(taught("min_samples=17", a=[9] * 16, b=[19] * 16), "a") == 5
+
+
+def test_past_future_expects_longer_outputs_of_who_has_made_much() -> None:
+    lengths = [9] * 8 + [24] * 8
+    rule = taught("u=0.5", a=lengths)
+    assert room(rule) == 10
+    assert room(rule, made=9) == 4  # only the 24s are longer
+    assert room(rule, made=24, total=110) == 2  # nobody is: it may go on to 50
+
+
+def test_every_parameter_of_past_future_changes_whom_it_lets_in() -> None:
+    lengths = [4] * 8 + [9] * 8 + [24] * 16
+    assert room(taught(a=lengths)) == 4
+    assert room(taught("u=0.5", a=lengths)) == 10
+    assert room(taught("u=0.2", a=lengths)) == 20
+    assert room(taught("hist=16", a=lengths[::-1])) == 10
+    assert room(taught("slack=9", "u=0.5", a=lengths)) == 5
+
+
+def test_past_future_forgets_the_client_it_heard_of_longest_ago() -> None:
+    rule = taught(**{"a": [9] * 16, "b": [19] * 16, "c": [19] * 16})
+    for i in range(998):
+        rule.finished(f"passer-by {i}", 24)
+    assert room(rule, "b") == 5 and room(rule, "a") == 4
+
+
+@pytest.mark.parametrize("name", ["ratio", "past_future"])
+def test_rules_that_guess_let_in_who_is_alone(name: str) -> None:
+    rule = make_admission(name)
+    assert rule.admits(candidate(10, output=500), RunningRows(), memory(total=11))
+    assert not rule.admits(candidate(10, output=500), RunningRows(), memory(total=10))

@@ -2,8 +2,16 @@
 
 import pytest
 
+from jaxserve.schedulers.catalog import make_slicing
 from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceShape
-from jaxserve.schedulers.slicing import Adaptive, Fixed, SlicingView, WholeSequence
+from jaxserve.schedulers.slicing import (
+    Adaptive,
+    Fixed,
+    SliceBounds,
+    SliceLength,
+    SlicingView,
+    WholeSequence,
+)
 
 STEP_S, ROW_S, FIXED_S = 5e-3, 1e-4, 5e-4
 
@@ -24,13 +32,23 @@ def view(rows: int, *, now_s: float = 0.0, remaining: int = 500, **changes) -> S
     return SlicingView(**{**fields, **changes})
 
 
+def bounds(*, slice_steps: int = 64, max_gap_s: float = 0.0, overlap: bool = True) -> SliceBounds:
+    return SliceBounds(slice_steps, max_context=512, max_gap_s=max_gap_s, overlap=overlap)
+
+
 def learned(*, max_gap_s: float = 0.0, overlap: bool = True, hazard: float = 0.01) -> Adaptive:
-    slicing = Adaptive(64, max_gap_s=max_gap_s, overlap=overlap, time=ServingTime())
+    slicing = Adaptive(bounds(max_gap_s=max_gap_s, overlap=overlap))
     for i in range(300):
         shape = SliceShape(1 + i % 16, 1 + (7 * i) % 64, 1000 * (i % 13), 32 * (i % 5))
-        finished = round(hazard * shape.steps * shape.rows)
-        slicing.ran(shape, slice_s=seconds(shape), host_s=2e-3, finished=finished)
+        ran(slicing, shape, hazard=hazard)
     return slicing
+
+
+def ran(slicing, shape: SliceShape, *, host_s: float = 2e-3, hazard: float = 0.01) -> None:
+    """A slice in which no row was padding and all made a token at each step."""
+    made = shape.steps * shape.rows
+    finished = round(hazard * made)
+    slicing.ran(shape, slice_s=seconds(shape), host_s=host_s, made=made, finished=finished)
 
 
 def test_nothing_waits_and_nobody_comes_so_slices_are_long() -> None:
@@ -62,8 +80,8 @@ def test_dearer_hosts_ask_for_longer_slices() -> None:
     cheap, dear = learned(overlap=False), learned(overlap=False)
     for _ in range(100):
         shape = SliceShape(8, 32, 0, 0)
-        dear.ran(shape, slice_s=seconds(shape), host_s=50e-3, finished=2)
-        cheap.ran(shape, slice_s=seconds(shape), host_s=1e-3, finished=2)
+        ran(dear, shape, host_s=50e-3)
+        ran(cheap, shape, host_s=1e-3)
     waiting = view(32, backlog=True)
     assert dear.choose(waiting).steps > cheap.choose(waiting).steps
 
@@ -101,3 +119,65 @@ def test_serving_time_learns_its_own_form() -> None:
         time.observe(shape, truth(shape))
     unseen = SliceShape(32, 48, 40_000, 96)
     assert time.predict_s(unseen) == pytest.approx(truth(unseen), rel=0.02)
+
+
+def test_the_gap_also_bounds_slices_that_prompts_cut() -> None:
+    prompts = view(8, cut_prompts=True, prefill_tokens=512)
+    for max_gap_s, depth in ((0.0, 2), (1.0, 2), (0.01, 1)):
+        assert learned(max_gap_s=max_gap_s).choose(prompts) == SliceLength(1, 8, depth)
+
+
+def test_padding_rows_do_not_hide_how_often_rows_end() -> None:
+    """A bucket of 8 rows that holds one makes one token a step, not eight."""
+    lone, full = Adaptive(bounds(overlap=False)), Adaptive(bounds(overlap=False))
+    shape = SliceShape(10, 8, 0, 0)
+    for slicing, made, finished in ((lone, 10, 1), (full, 80, 8)):
+        for _ in range(200):
+            slicing.ran(shape, slice_s=seconds(shape), host_s=2e-3, made=made, finished=finished)
+    waiting = view(8, backlog=True)
+    assert lone.choose(waiting) == full.choose(waiting)
+
+
+def chosen(*options: str, after=lambda slicing: None, **changes) -> SliceLength:
+    slicing = make_slicing("adaptive", options, bounds=bounds(slice_steps=512, overlap=False))
+    after(slicing)
+    return slicing.choose(view(32, **changes))
+
+
+def arrivals(slicing) -> None:
+    for place in range(20):
+        slicing.arrived(place * 1.0)
+    slicing.arrived(19.05)
+
+
+def rare_ends(slicing) -> None:
+    for _ in range(20):
+        ran(slicing, SliceShape(16, 32, 0, 0), hazard=0.002)
+
+
+def slower_device(slicing) -> None:
+    for place in range(400):
+        slow, made = 1 + 9 * (place >= 200), 8 * (1 + place % 32)
+        shape = SliceShape(8, 1 + place % 32, 100 * (place % 7), 0)
+        slice_s = slow * seconds(shape)
+        slicing.ran(shape, slice_s=slice_s, host_s=2e-3, made=made, finished=made // 64)
+
+
+@pytest.mark.parametrize(
+    ("shorter", "longer", "after", "changes"),
+    [
+        ("host_s=0.001", "host_s=0.1", lambda slicing: None, {"backlog": True}),
+        ("hazard=0.1", "hazard=0.001", lambda slicing: None, {"backlog": True}),
+        ("memory=0.99", "memory=0.5", rare_ends, {"backlog": True}),
+        ("arrival_memory=0.1", "arrival_memory=0.9", arrivals, {"now_s": 19.06}),
+        ("forgetting=0.9", "forgetting=1.0", slower_device, {"backlog": True}),
+    ],
+)
+def test_every_parameter_of_adaptive_changes_the_plan(shorter, longer, after, changes) -> None:
+    short, long = (chosen(option, after=after, **changes) for option in (shorter, longer))
+    assert short.steps < long.steps
+
+
+def test_slice_steps_is_the_most_of_adaptive() -> None:
+    for slice_steps in (8, 64):
+        assert Adaptive(bounds(slice_steps=slice_steps)).choose(view(4)).steps == slice_steps

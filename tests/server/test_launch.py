@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from jaxserve import flag_table, flags, launch
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, PresetConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
-from jaxserve.schedulers.catalog import ORDERS
+from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, SLICINGS, VICTIMS
+from jaxserve.schedulers.presets import PRESETS
 from jaxserve.server_config import ConvertConfig, GenerateConfig, LogConfig, ServerConfig
 
 SERVE = launch.COMMANDS["serve"].groups
@@ -44,7 +45,9 @@ def test_every_flag_names_a_field_and_has_a_line_of_help(flag):
     assert flag.help and "\n" not in flag.help and len(flag.help) <= 70
 
 
-@pytest.mark.parametrize("kind", [ServerConfig, LogConfig, GenerateConfig, ConvertConfig])
+@pytest.mark.parametrize(
+    "kind", [ServerConfig, LogConfig, GenerateConfig, ConvertConfig, PresetConfig]
+)
 def test_every_field_of_the_commands_records_has_a_flag(kind):
     paths = {flag.path for flag in ALL_FLAGS if flag.record is kind}
     assert paths == set(kind.__dataclass_fields__)
@@ -99,6 +102,26 @@ def test_what_differs_from_the_defaults_is_marked():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_a_preset_fills_in_what_nobody_chose(tmp_path):
+    scheduler = parse("--preset=sls").record(EngineConfig).scheduler
+    assert (scheduler.order, scheduler.slicing) == ("fcfs", "sequence")
+    assert scheduler.admission == "reserve_max"
+    file = tmp_path / "flags"
+    file.write_text("--admission=peak\n")
+    arguments = ("--preset=sls", f"--flagfile={file}")
+    scheduler = parse(*arguments, JAXSERVE_SLICING="fixed").record(EngineConfig).scheduler
+    assert (scheduler.admission, scheduler.slicing) == ("peak", "fixed")
+    scheduler = parse("--order=fcfs", JAXSERVE_PRESET="vtc").record(EngineConfig).scheduler
+    assert (scheduler.order, scheduler.order_options) == ("fcfs", ())
+
+
+def test_what_a_preset_set_is_shown():
+    text = " ".join(parse("--preset=vtc", "--order_options=w_out=3").describe().split())
+    assert " *preset=vtc " in text and " *order=vtc (preset) " in text
+    assert " *order_options=price_cached=1,w_out=3 admission=slice_lease " in text
+    assert " preset=default " in parse().describe()
+
+
 def test_repeated_stop_strings_arrive_as_a_tuple():
     groups = launch.COMMANDS["generate"].groups
     settings = parse("--stop=a", "--stop=b,c", "--top_k=4", groups=groups)
@@ -142,6 +165,29 @@ def test_unknown_and_bad_variables_are_named():
         (["--order=vtc", "--order_options=w_in=-1"], "w_in: got -1.0; allowed: 0 or more"),
         (["--order=vtc", "--order_options=w_in"], "got 'w_in'; options look like parameter=value"),
         (["--order=fcfs", "--order_options=x=1"], "unknown parameter 'x'; there are: -"),
+        (["--admission=pastfuture"], "admission: got .*; did you mean 'past_future'"),
+        (["--admission_options=u=1"], "admission_options: unknown parameter 'u'; there are: -"),
+        (
+            ["--admission=past_future", "--admission_options=u=2"],
+            r"admission_options: u: got 2.0; allowed: a number in \(0, 1\]",
+        ),
+        (
+            ["--admission=ratio", "--admission_options=clip=0"],
+            "admission_options: clip: got 0; allowed: 1 or more",
+        ),
+        (["--slicing=fxed"], "slicing: got 'fxed'; allowed: .*; did you mean 'fixed'"),
+        (["--slicing_options=hazard=0"], "slicing_options: hazard: got 0.0; allowed: a number in"),
+        (["--victim=oldest"], "victim: got 'oldest'; allowed: order, newest, fewest_made"),
+        (["--slicing=fixed", "--max_gap_ms=5"], "max_gap_ms: got 5.0; allowed: 0, for --slicing=f"),
+        (["--preset=sls", "--max_gap_ms=5"], "max_gap_ms: got 5.0; allowed: 0, for --slicing=s"),
+        (
+            ["--order=lpm", "--noprefix_cache"],
+            "order: got 'lpm', which sorts by cached prefixes; allowed with --prefix_cache=false",
+        ),
+        (
+            ["--preset=dlpm", "--noprefix_cache"],
+            "order: got 'dlpm', which sorts by cached prefixes",
+        ),
         (["--mesh=2"], "mesh: got '2'; allowed: auto or tp=<number of devices>"),
         (["--page_size=24"], "page_size: got 24; allowed: 8, 16 ... 256"),
         (["--kv_memory_fraction=2"], "kv_memory_fraction: got 2.0; allowed"),
@@ -155,8 +201,9 @@ def test_values_are_judged_by_the_records(arguments, message):
 def test_policies_are_listed_with_their_parameters(capsys):
     assert launch.main(["policies"]) == 0
     out = capsys.readouterr().out
-    for name in ORDERS:
+    for name in (*ORDERS, *ADMISSIONS, *SLICINGS, *VICTIMS, *PRESETS):
         assert f"\n{name}" in out
+    assert "never_preempts" in out and "min_samples=16" in out and "--slicing=sequence" in out
     assert "quantum=4096.0" in out and "reconstruction" in out and "bounded_service_gap" in out
 
 
@@ -165,6 +212,7 @@ def test_policies_are_listed_with_their_parameters(capsys):
     [
         (["serve", "--order=lifo"], "jaxserve: order: got 'lifo'; allowed: fcfs, priority, "),
         (["generate", "--prompt=x", "--api_key=k"], "jaxserve: --api_key is for a server; leave"),
+        (["serve", "--preset=scls"], "jaxserve: preset: got 'scls'; allowed: default, sls, ils, "),
         (["serv"], "jaxserve: unknown command 'serv'; did you mean serve?\n"),
         (["generate"], "jaxserve: prompt: got '' and token_ids ''; allowed: exactly one"),
         (

@@ -1,0 +1,188 @@
+"""SCLS's model of serving time: bilinear in the rows N and the padded length L of a static batch.
+
+    prefill         p1 N L + p2 N + p3 L + p4
+    a decode step   d1 N l + d2 N + d3 l + d4      at context length l
+(papers.md 1.2; the form comes from a re-implementation of SCLS, arXiv 2406.13511, the sum over a
+slice is reconstruction.) Fitted to measured points, refined while serving, kept as JSON. Feed it
+the padded N and L that really run, and never a slice that compiled something.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .least_squares import RecursiveLeastSquares, fit, fit_not_negative
+
+Point = tuple[int, int, float]
+"""Rows, length and measured seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bilinear:
+    """Seconds: `rows_length` N L + `rows` N + `length` L + `fixed`."""
+
+    rows_length: float
+    rows: float
+    length: float
+    fixed: float
+
+    def seconds(self, rows: int, length: int) -> float:
+        return (self.rows_length * rows + self.length) * length + self.rows * rows + self.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class BilinearTime:
+    """Both models together."""
+
+    prefill: Bilinear
+    decode: Bilinear
+
+    def decode_s(self, rows: int, length: int, steps: int) -> float:
+        """Seconds of `steps` decode steps after `length` tokens of context, in closed form."""
+        per_token = self.decode.rows_length * rows + self.decode.length
+        contexts = steps * length + steps * (steps + 1) / 2
+        return steps * (self.decode.rows * rows + self.decode.fixed) + per_token * contexts
+
+    def slice_s(self, rows: int, length: int, steps: int) -> float:
+        """Seconds of a slice that prefills `length` tokens of each row and decodes `steps`."""
+        return self.prefill.seconds(rows, length) + self.decode_s(rows, length, steps)
+
+    def grows_with_length(self, *, most_rows: int, steps: int) -> bool:
+        """Whether no slice of up to so many rows gets faster as it gets longer.
+
+        What a token more of length costs is linear in the rows, so that both ends decide. SCLS's
+        batching is optimal only then.
+        """
+        return all(
+            self.slice_s(rows, 1, steps) >= self.slice_s(rows, 0, steps) for rows in (1, most_rows)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FitError:
+    """Relative errors on points that were not fitted."""
+
+    mean: float
+    largest: float
+    num_points: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A fitted model, how far off it is, and what it was measured on: `measured_on` holds such as
+    model, device, precision and versions. `not_negative` says that the plain fit was not usable."""
+
+    time: BilinearTime
+    prefill_error: FitError
+    decode_error: FitError
+    not_negative: bool
+    measured_on: Mapping[str, str]
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Raises ValueError naming the file that is missing or holds no profile."""
+        try:
+            return _profile(json.loads(Path(path).read_text()))
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"profile: got {str(path)!r} ({what}); allowed: a profile") from error
+
+
+def _profile(fields: dict[str, Any]) -> Profile:
+    def bilinear(name: str) -> Bilinear:
+        numbers = {key: float(value) for key, value in fields["time"][name].items()}
+        if not all(map(math.isfinite, numbers.values())):
+            raise ValueError(f"{name} is not finite")
+        return Bilinear(**numbers)
+
+    return Profile(
+        time=BilinearTime(bilinear("prefill"), bilinear("decode")),
+        prefill_error=FitError(**fields["prefill_error"]),
+        decode_error=FitError(**fields["decode_error"]),
+        not_negative=bool(fields["not_negative"]),
+        measured_on={str(key): str(value) for key, value in fields["measured_on"].items()},
+    )
+
+
+def fit_profile(
+    prefill: Sequence[Point],
+    decode: Sequence[Point],
+    *,
+    held_out_prefill: Sequence[Point],
+    held_out_decode: Sequence[Point],
+    most_rows: int,
+    steps: int,
+    measured_on: Mapping[str, str],
+) -> Profile:
+    """Fit both models and judge them on points held out.
+
+    Where a slice of `steps` steps would get faster with length for up to `most_rows` rows, both are
+    fitted again without negative coefficients. Raises ValueError for points that are too few or do
+    not tell the columns apart.
+    """
+    time = BilinearTime(_fitted(prefill, fit), _fitted(decode, fit))
+    not_negative = not time.grows_with_length(most_rows=most_rows, steps=steps)
+    if not_negative:
+        time = BilinearTime(_fitted(prefill, fit_not_negative), _fitted(decode, fit_not_negative))
+    return Profile(
+        time=time,
+        prefill_error=_error(time.prefill, held_out_prefill),
+        decode_error=_error(time.decode, held_out_decode),
+        not_negative=not_negative,
+        measured_on=dict(measured_on),
+    )
+
+
+def _fitted(points: Sequence[Point], how) -> Bilinear:
+    rows, length, seconds = np.array(points, float).reshape(-1, 3).T
+    columns = np.stack([rows * length, rows, length, np.ones_like(rows)], axis=1)
+    return Bilinear(*how(columns, seconds).tolist())
+
+
+def _error(model: Bilinear, points: Sequence[Point]) -> FitError:
+    if not points:
+        raise ValueError("held-out points: got none; allowed: at least one")
+    errors = [abs(model.seconds(rows, length) - s) / s for rows, length, s in points]
+    return FitError(sum(errors) / len(errors), max(errors), len(errors))
+
+
+class RefinedTime:
+    """A model that learns from the slices it predicted, older ones counting less and less.
+
+    Errors count relative to the slice. A coefficient that is 0 stays there. Predictions are those
+    of the newest coefficients that still grow with length.
+    """
+
+    def __init__(
+        self, time: BilinearTime, *, most_rows: int, steps: int, forgetting: float = 0.995
+    ):
+        if not time.grows_with_length(most_rows=most_rows, steps=steps):
+            raise ValueError(
+                f"time: got {time}, which falls as slices get longer; allowed: one that grows for"
+                f" up to {most_rows} rows and {steps} steps"
+            )
+        self.time = time
+        self._most_rows, self._steps = most_rows, steps
+        first = np.array([*dataclasses.astuple(time.prefill), *dataclasses.astuple(time.decode)])
+        scale = np.where(first == 0, 1e-300, np.abs(first))
+        self._fit = RecursiveLeastSquares(first, scale=scale, forgetting=forgetting)
+
+    def observe(self, rows: int, length: int, steps: int, seconds: float) -> None:
+        """Learn from one measured slice that prefilled `length` tokens of each row."""
+        contexts = steps * length + steps * (steps + 1) / 2
+        prefill = (rows * length, rows, length, 1)
+        decode = (rows * contexts, rows * steps, contexts, steps)
+        self._fit.observe(np.array([*prefill, *decode]) / seconds, 1.0)
+        values = self._fit.coefficients.tolist()
+        time = BilinearTime(Bilinear(*values[:4]), Bilinear(*values[4:]))
+        if time.grows_with_length(most_rows=self._most_rows, steps=self._steps):
+            self.time = time

@@ -1,0 +1,83 @@
+"""Least squares for models that are linear in their coefficients: in one go, without negative
+coefficients, and online. Knows no seconds and no slices.
+"""
+
+import itertools
+
+import numpy as np
+
+
+def fit(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Coefficients [C] of `columns` [P, C] that miss `values` [P] least.
+
+    Columns are scaled to one size first: N * L beside 1 would make them nearly singular. Raises
+    ValueError where the points do not tell the columns apart.
+    """
+    scale = np.abs(columns).max(axis=0, initial=0.0)
+    if not scale.all():
+        raise ValueError("a column of the points is zero throughout")
+    solution, _, rank, _ = np.linalg.lstsq(columns / scale, values, rcond=None)
+    if rank < columns.shape[1]:
+        raise ValueError(f"{len(values)} points tell {rank} of {columns.shape[1]} columns apart")
+    return solution / scale
+
+
+def fit_not_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The same among coefficients that are 0 or more.
+
+    The best such solution is the plain one of the columns that it uses, so all choices of columns
+    are tried: right, and quick for the four that there are.
+    """
+    count = columns.shape[1]
+    best, least = np.zeros(count), float(values @ values)
+    for used in itertools.product((False, True), repeat=count):
+        if not any(used):
+            continue
+        solution = np.zeros(count)
+        solution[list(used)] = fit(columns[:, list(used)], values)
+        missed = values - columns @ solution
+        if solution.min() >= 0 and missed @ missed < least:
+            best, least = solution, float(missed @ missed)
+    return best
+
+
+class RecursiveLeastSquares:
+    """Coefficients kept up to date, point by point; older points count less and less.
+
+    `scale` [C] multiplies the columns so that the normal matrix stays well conditioned;
+    `uncertainty` says how far the scaled first coefficients may be off.
+    """
+
+    def __init__(
+        self,
+        first: np.ndarray,
+        *,
+        scale: np.ndarray,
+        forgetting: float,
+        uncertainty: float = 1e2,
+    ):
+        self._scale = scale
+        self._forgetting = forgetting
+        self._weights = first / scale
+        self._covariance = np.eye(len(first)) * uncertainty
+        self._most_trace = max(1e6, len(first) * uncertainty)
+
+    @property
+    def coefficients(self) -> np.ndarray:
+        return self._weights * self._scale
+
+    def predict(self, row: np.ndarray) -> float:
+        """The value at one row [C] of columns."""
+        return float(self._weights @ (row * self._scale))
+
+    def observe(self, row: np.ndarray, value: float) -> None:
+        """Learn from one point."""
+        x = row * self._scale
+        gain = self._covariance @ x / (self._forgetting + x @ self._covariance @ x)
+        self._weights = self._weights + gain * (value - self._weights @ x)
+        self._covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / (
+            self._forgetting
+        )
+        trace = np.trace(self._covariance)
+        if trace > self._most_trace:  # forgetting without new directions lets it blow up: bound it
+            self._covariance *= self._most_trace / trace
