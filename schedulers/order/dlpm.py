@@ -261,7 +261,7 @@ class Dlpm:
 
     # The index.
 
-    def _key(self, client: _Client) -> tuple[Any, ...]:
+    def _next_key(self, client: _Client) -> tuple[Any, ...]:
         """How the client's next request stands, whose number comes last."""
         limit_s = self._parameters.client_age_limit_s
         if limit_s:
@@ -281,7 +281,7 @@ class Dlpm:
                 self._moved[self._clients[name]] = None
         for client in self._moved:
             has_place = client.since and client.credit > client.held
-            key = self._key(client) if has_place else None
+            key = self._next_key(client) if has_place else None
             if key != client.key:
                 if client.key is not None:
                     del self._ready[client.key]
