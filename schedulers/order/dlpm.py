@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Literal
 
-from sortedcontainers import SortedDict
-
 from ..events import (
     Abort,
     Admit,
@@ -31,13 +29,14 @@ from ..events import (
     Misfit,
     Preempt,
     RequestNumber,
+    Takes,
     Tick,
 )
 from ..parameters import not_negative, positive, require
-from ..prefix_tree import Cleared, Removed, Stored
+from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
 from .base import Extremes
-from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
+from .charges import KNOWN_CLIENT_S, NOTHING, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class _Client:
     last_seen_s: float
     held: float = 0.0
     charged: float = 0.0
-    since: SortedDict = field(default_factory=SortedDict)
+    since: Ranking[RequestNumber, float] = field(default_factory=Ranking)
     num_running: int = 0
     key: tuple[Any, ...] | None = None
 
@@ -126,7 +125,8 @@ class Dlpm:
         self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
         self._tree = WaitingTree()  # a lane per client
-        self._ready: SortedDict = SortedDict()  # key -> client, of those with credit and a queue
+        self._ready: Ranking[Any, _Client] = Ranking()  # those with credit and a queue
+        self._moved: dict[_Client, None] = {}  # who may stand elsewhere now, until somebody asks
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
@@ -135,49 +135,44 @@ class Dlpm:
         self._scanned: tuple[Any, ...] | None = None
         self._misfits: set[RequestNumber] = set()
         self._passed: dict[_Client, None] = {}
+        self._takes: Takes = {
+            Enact: self._enact,
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Misfit: self._misfit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            Tick: self._tick,
+            **self._tree.takes,
+        }
 
     def on(self, event: Event) -> None:
-        if isinstance(event, Misfit):
-            self._misfit(event.number)
-            return
-        self._sorted = None
-        match event:
-            case Enact(ran=ran):
-                for client, bill in self._charges.enacted(ran, self._running).items():
-                    self._charge(client, bill)
-            case Arrive():
-                self._arrive(event)
-            case Admit(number=number, num_extend_tokens=extend):
-                self._admit(number, extend)
-            case Preempt(number=number, num_cached=num_cached):
-                client = self._stop(number)
-                self._queue(client, self._arrivals[number], num_cached)
-            case Finish(number=number) | Abort(number=number):
-                self._end(number)
-            case Tick(now_s=now_s):
-                self._tick(now_s)
-            case Stored() | Removed() | Cleared():
-                for name in self._tree.on(event):
-                    self._place(self._clients[name])
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
+        self._settle()
         if not self._ready:
             self._refill()
-        return self._candidate(self._ready.peekitem(0)[1]) if self._ready else None
+            self._settle()
+        return self._ready.least()[-1] if self._ready else None
 
     def waiting(self) -> Iterator[RequestNumber]:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
+        self._settle()
+        ready = (self._ready[key] for key in self._ready.ascending())
         others = (client for client in self._clients.values() if client.key is None)
-        for client in chain(self._ready.values(), others):
+        for client in chain(ready, others):
             yield from (rank[-1] for rank in self._tree.ranks(client.name))
 
     def running(self) -> list[RequestNumber]:
         """Most credit in front, so that the most overdrawn client gives way first."""
         if self._sorted is None:
             running = self._running
-            self._sorted = sorted(running, key=lambda number: (-running[number].credit, number))
+            self._sorted = sorted(running)
+            self._sorted.sort(key=lambda number: -running[number].credit)
         return list(self._sorted)
 
     def credits(self) -> dict[str, float]:
@@ -212,7 +207,7 @@ class Dlpm:
         ]
         if any(client.free_credit > 0 for client in active):
             return
-        if all(not client.since or self._candidate(client) is None for client in active):
+        if all(not client.since or self._next_key(client) is None for client in active):
             return  # the scan comes to nobody
         rounds = min(client.rounds for client in active)
         for client in self._clients.values():
@@ -222,14 +217,21 @@ class Dlpm:
                 self._place(client)
 
     def _charge(self, client: _Client, bill: Bill) -> None:
-        had_credit = client.free_credit > 0
+        if bill is NOTHING:
+            return
+        had_credit = client.credit > client.held
         client.credit -= bill.charge
         client.held += bill.hold
         client.charged += bill.charge + bill.hold
-        if had_credit is not (client.free_credit > 0):
+        self._sorted = None
+        if had_credit is not (client.credit > client.held):
             self._place(client)
 
     # Requests.
+
+    def _enact(self, event: Enact) -> None:
+        for client, bill in self._charges.enacted(event.ran, self._running).items():
+            self._charge(client, bill)
 
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
@@ -246,26 +248,33 @@ class Dlpm:
 
     def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:
         self._tree.add((event.number,), event.page_keys, num_cached, lane=client.name)
-        client.since[event.number] = event.arrived_s
+        client.since.put(event.number, event.arrived_s)
         self._place(client)
 
-    def _admit(self, number: RequestNumber, extend: int) -> None:
+    def _admit(self, event: Admit) -> None:
+        number = event.number
         client = self._clients[self._arrivals[number].client]
         self._scan_to(number)
         self._tree.remove((number,))
         del client.since[number]
         client.num_running += 1
         self._running[number] = client
-        self._charge(client, self._charges.admitted(number, extend))
+        self._charge(client, self._charges.admitted(number, event.num_extend_tokens))
         self._place(client)
 
     def _stop(self, number: RequestNumber) -> _Client:
         client = self._running.pop(number)
         client.num_running -= 1
+        self._sorted = None
         self._charge(client, self._charges.stopped(number))
         return client
 
-    def _end(self, number: RequestNumber) -> None:
+    def _preempt(self, event: Preempt) -> None:
+        client = self._stop(event.number)
+        self._queue(client, self._arrivals[event.number], event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        number = event.number
         if number in self._running:
             client = self._stop(number)
         else:
@@ -277,12 +286,12 @@ class Dlpm:
         del self._arrivals[number]
         self._charges.forget(number)
 
-    def _misfit(self, number: RequestNumber) -> None:
+    def _misfit(self, event: Misfit) -> None:
         """For the rest of the pass the scan is past it; where it ends the pass, nothing changes."""
         if self._parameters.misfit == "skip":
-            self._scan_to(number)
-            self._misfits.add(number)
-            self._place(self._clients[self._arrivals[number].client])
+            self._scan_to(event.number)
+            self._misfits.add(event.number)
+            self._place(self._clients[self._arrivals[event.number].client])
 
     def _scan_to(self, number: RequestNumber) -> None:
         if self._parameters.refill_when == "mid_pass":
@@ -295,8 +304,8 @@ class Dlpm:
         for client in passed:
             self._place(client)
 
-    def _tick(self, now_s: float) -> None:
-        self._now_s = now_s
+    def _tick(self, event: Tick) -> None:
+        now_s = self._now_s = event.now_s
         self._begin_pass()
         if self._parameters.client_age_limit_s:
             for client in self._clients.values():
@@ -314,37 +323,44 @@ class Dlpm:
         """How a request stands among all that wait."""
         return longest_match(self._tree.match((number,)), (number,))
 
-    def _is_past(self, number: RequestNumber) -> bool:
-        """Whether this pass has no further look at a request."""
-        if number in self._misfits:
+    def _is_past(self, key: tuple[Any, ...]) -> bool:
+        """Whether this pass has no further look at the request that stands there."""
+        if key[-1] in self._misfits:
             return True
-        return self._scanned is not None and self._key(number) <= self._scanned
+        return self._scanned is not None and key <= self._scanned
 
-    def _candidate(self, client: _Client) -> RequestNumber | None:
-        """The client's next request in this pass."""
+    def _next_key(self, client: _Client) -> tuple[Any, ...] | None:
+        """How the client's next request in this pass stands, whose number comes last."""
         limit_s = self._parameters.client_age_limit_s
         if limit_s:
-            oldest: Any = client.since.peekitem(0)
-            number, since_s = oldest
-            if self._now_s - since_s > limit_s and not self._is_past(number):
-                return number
-        first = self._tree.first(client.name)
-        assert first is not None
-        if not self._is_past(first[-1]):
-            return first[-1]
+            oldest = client.since.least()
+            key = self._key(oldest)
+            if self._now_s - client.since[oldest] > limit_s and not self._is_past(key):
+                return key
+        key = self._tree.first_key(client.name)
+        if not self._is_past(key):
+            return key
         self._passed[client] = None
         upcoming = islice(self._tree.ranks(client.name), 1, 1 + self._parameters.max_skips)
-        return next((rank[-1] for rank in upcoming if not self._is_past(rank[-1])), None)
+        keys = (self._key(rank[-1]) for rank in upcoming)
+        return next((key for key in keys if not self._is_past(key)), None)
 
     def _place(self, client: _Client) -> None:
-        """Bring the index up to date about a client."""
-        key = None
-        if client.since and client.free_credit > 0:
-            candidate = self._candidate(client)
-            key = None if candidate is None else self._key(candidate)
-        if key != client.key:
-            if client.key is not None:
-                del self._ready[client.key]
-            if key is not None:
-                self._ready[key] = client
-            client.key = key
+        """The client may stand elsewhere now."""
+        self._moved[client] = None
+
+    def _settle(self) -> None:
+        """Bring the index up to date, once for all that happened since it was."""
+        for name in self._tree.changed_lanes():
+            if name in self._clients:
+                self._moved[self._clients[name]] = None
+        for client in self._moved:
+            has_place = client.since and client.credit > client.held
+            key = self._next_key(client) if has_place else None
+            if key != client.key:
+                if client.key is not None:
+                    del self._ready[client.key]
+                if key is not None:
+                    self._ready.put(key, client)
+                client.key = key
+        self._moved.clear()

@@ -8,50 +8,54 @@ Sharing inside a pass looks at prompts as they are let in, there at the whole qu
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Tick
+from ..events import (
+    Abort,
+    Admit,
+    Arrive,
+    Event,
+    Finish,
+    Preempt,
+    RequestNumber,
+    Takes,
+    Tick,
+)
 from ..parameters import require
-from ..prefix_tree import Cleared, Removed, Stored
-from ..waiting_tree import Node, Rank, WaitingTree
+from ..prompt_tree import Node
+from ..waiting_tree import Rank, WaitingTree
+from ..weighted_tree import WeightedTree
+
+SomeTree = TypeVar("SomeTree", WaitingTree, WeightedTree)
 
 
-class PrefixOrder(ABC):
+class PrefixOrder(ABC, Generic[SomeTree]):
     """Base of orders by what of each prompt is cached; running requests stand by arrival.
 
     `tree` says how a match weighs against a rank, `rank` how requests with one match stand.
     """
 
-    def __init__(self, tree: WaitingTree):
+    def __init__(self, tree: SomeTree):
         self._tree = tree
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, None] = {}
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            **tree.takes,
+        }
 
     @abstractmethod
     def rank(self, event: Arrive) -> Rank:
         """Smallest first; the last part is the request's number."""
 
     def on(self, event: Event) -> None:
-        match event:
-            case Arrive():
-                self._arrivals[event.number] = event
-                self._tree.add(self.rank(event), event.page_keys, event.num_cached)
-            case Admit(number=number):
-                self._tree.remove(self.rank(self._arrivals[number]))
-                self._running[number] = None
-            case Preempt(number=number, num_cached=num_cached):
-                arrival = self._arrivals[number]
-                del self._running[number]
-                self._tree.add(self.rank(arrival), arrival.page_keys, num_cached)
-            case Finish(number=number) | Abort(number=number):
-                arrival = self._arrivals.pop(number)
-                if number in self._running:
-                    del self._running[number]
-                else:
-                    self._tree.remove(self.rank(arrival))
-            case Stored() | Removed() | Cleared():
-                self._tree.on(event)
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
         rank = self._tree.first()
@@ -64,12 +68,32 @@ class PrefixOrder(ABC):
     def running(self) -> list[RequestNumber]:
         return sorted(self._running)
 
+    def _arrive(self, event: Arrive) -> None:
+        self._arrivals[event.number] = event
+        self._tree.add(self.rank(event), event.page_keys, event.num_cached)
+
+    def _admit(self, event: Admit) -> None:
+        self._tree.remove(self.rank(self._arrivals[event.number]))
+        self._running[event.number] = None
+
+    def _preempt(self, event: Preempt) -> None:
+        arrival = self._arrivals[event.number]
+        del self._running[event.number]
+        self._tree.add(self.rank(arrival), arrival.page_keys, event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        arrival = self._arrivals.pop(event.number)
+        if event.number in self._running:
+            del self._running[event.number]
+        else:
+            self._tree.remove(self.rank(arrival))
+
 
 @dataclass(frozen=True, slots=True)
 class LpmParameters:
-    """`in_batch_sharing`: a request that finds at most so many tokens cached, and shares as many
-    with one of that kind let in before it in the same pass, goes to the end of the pass: one
-    prefill fills the cache for all. 0 is off."""
+    """`in_batch_sharing`: of requests that share their first so many tokens, and do not find all of
+    those cached, one is let in; the others go to the end of that pass, so that one prefill fills
+    the cache for all. 0 is off."""
 
     in_batch_sharing: int = 32
 
@@ -82,7 +106,7 @@ class LpmParameters:
         )
 
 
-class Lpm(PrefixOrder):
+class Lpm(PrefixOrder[WaitingTree]):
     """Longest match first, ties by arrival. Starves whoever shares nothing with the others.
 
     Who shares the first tokens is told by a page key, because a key stands for all pages up to its
@@ -92,24 +116,12 @@ class Lpm(PrefixOrder):
     def __init__(self, parameters: LpmParameters | None = None, *, page_size: int):
         super().__init__(WaitingTree())
         tokens = (parameters or LpmParameters()).in_batch_sharing
-        self._most_cached = tokens // page_size
         self._shared_page = -(-tokens // page_size) - 1  # the last that is shared; -1: off
         self._let_in: set[bytes] = set()  # its keys, in this pass
+        self._takes = {**self._takes, Tick: self._tick}
 
     def rank(self, event: Arrive) -> Rank:
         return (event.number,)
-
-    def on(self, event: Event) -> None:
-        match event:
-            case Tick():
-                self._let_in.clear()
-            case Admit(number=number):
-                arrival = self._arrivals[number]
-                if self._is_cold(arrival):
-                    self._let_in.add(arrival.page_keys[self._shared_page])
-            case _:
-                pass
-        super().on(event)
 
     def next(self) -> RequestNumber | None:
         if not self._let_in:
@@ -129,11 +141,20 @@ class Lpm(PrefixOrder):
                 yield number
         yield from deferred
 
+    def _tick(self, event: Tick) -> None:
+        self._let_in.clear()
+
+    def _admit(self, event: Admit) -> None:
+        arrival = self._arrivals[event.number]
+        if self._is_cold(arrival):
+            self._let_in.add(arrival.page_keys[self._shared_page])
+        super()._admit(event)
+
     def _is_cold(self, arrival: Arrive) -> bool:
         """Whether others could wait for its prefill."""
         if not 0 <= self._shared_page < len(arrival.page_keys):
             return False
-        return self._tree.match(self.rank(arrival)) <= self._most_cached
+        return self._tree.match(self.rank(arrival)) <= self._shared_page
 
     def _is_deferred(self, number: RequestNumber) -> bool:
         arrival = self._arrivals[number]
@@ -144,4 +165,4 @@ class Lpm(PrefixOrder):
         place = self._shared_page - node.start
         if not 0 <= place < len(node.run) or node.run[place] not in self._let_in:
             return False
-        return node.start + node.cached <= self._most_cached
+        return node.cached <= place

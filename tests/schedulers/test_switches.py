@@ -318,7 +318,7 @@ def test_a_pass_is_lpm_with_the_rest_of_each_family_at_the_end(
                 sum(ours == theirs for ours, theirs in zip(work.keys, other.keys, strict=False))
                 for other in seen
             ]
-            is_cold = threshold and PAGE * engine.match(work) <= threshold
+            is_cold = engine.match(work) < -(-threshold // PAGE)
             if is_cold and any(PAGE * pages >= threshold for pages in common):
                 last.append(work.number)
             else:
