@@ -144,7 +144,9 @@ class WaitingTree(PromptTree[_Home]):
         for home, match in self._sorted_by.items():
             if home.match != match:
                 self._changed.update(dict.fromkeys(home.lanes))
-                for name, lane in home.lanes.items():
+            for name, lane in home.lanes.items():
+                # One that was made meanwhile may be sorted by a match that is gone again.
+                if lane.key != self._group_key(home.match, lane.first):
                     self._sort_in(home, name, lane)
         self._sorted_by.clear()
 

@@ -132,3 +132,12 @@ def test_who_stands_first_beside_a_branch(
         ((number,) for number in range(len(prompts))),
         key=lambda rank: longest_match(tree.match(rank), rank),
     )
+
+
+def test_a_prefix_that_comes_and_goes_before_anybody_asks_leaves_all_where_they_were() -> None:
+    tree = WaitingTree()
+    tree.add((1,), (), 0)
+    tree.add((2,), (b"x",), 0)
+    tree.on(Stored(1, NO_PARENT, (b"x",)))
+    tree.on(Removed(2, (b"x",)))
+    assert tree.first() == (1,) and list(tree.ranks()) == [(1,), (2,)]
