@@ -439,3 +439,24 @@ def test_past_future_lets_in_by_what_ended_before() -> None:
     assert running_at_once(*[4] * 20) == 8
     assert running_at_once(*[30] * 20) == 4
     assert running_at_once() == 1
+
+
+def test_past_future_fills_the_pool_and_loses_little_work() -> None:
+    """Requests that may make 90 tokens and stop after 20 in the mean, as the history can tell."""
+    outputs = np.random.default_rng(0).lognormal(2.8, 0.6, 36).clip(1, 90).astype(int)
+
+    def run(admission: str):
+        core = make_core(num_pages=80, admission=admission, max_rows=32, max_prefill_tokens=256)
+        harness = Harness(core)
+        for i, output in enumerate(outputs):
+            last = int(i * 7 % VOCAB)
+            stop = (last + int(output)) % VOCAB
+            prompt = [*[i] * 20, last]
+            harness.submit(make_request(f"r{i}", prompt, max_tokens=90, stop_token_ids=(stop,)))
+        harness.run()
+        return core.statistics()
+
+    past_future, peak, reserve_prompt = map(run, ("past_future", "peak", "reserve_prompt"))
+    assert past_future.steps < 0.75 * peak.steps
+    assert peak.preemptions == 0 < reserve_prompt.recomputed_tokens
+    assert past_future.recomputed_tokens < reserve_prompt.recomputed_tokens
