@@ -367,7 +367,7 @@ class Planner:
         """Samples that have not forked yet hold their prompt: the first all of the parent's lease,
         the others its whole pages."""
         client, rows = job.request.client, []
-        whole = job.request.prompt.size // self._pool.page_size
+        whole = (job.request.prompt.size - 1) // self._pool.page_size  # its last token runs by row
         for place, row in enumerate(job.sequences):
             lease, ahead = row.lease, row.ahead
             if lease is None and job.parent is not None:
@@ -396,9 +396,10 @@ class Planner:
             num_tokens=max(sizes),
             cost_pages=sum(self._pool.cost(each, match) for each in sizes),
             max_output=max(row.remaining for row in rows),
-            num_samples=len(rows) if fresh else 1,
+            num_samples=len(rows),
             client=job.request.client,
             made=max(len(row.made) for row in rows),
+            forks=fresh,
         )
         memory = self.memory(self._pool.num_available, steps)
         if not self._core.admission.admits(candidate, running, memory):
