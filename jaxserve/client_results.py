@@ -116,8 +116,23 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedTokens:
+    """Prompt tokens computed, prompt tokens found cached, and output tokens; none twice."""
+
+    computed: int
+    cached: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClientStatistics:
-    """What one client asked for and got since the server started."""
+    """What one client asked for and got.
+
+    `num_requests` and the tokens after it are of requests that ended since the server started.
+    `served` is what the present engine process ran, `service` its price and `service_uncached` its
+    price without cached tokens. `credit` is None where the scheduler keeps none; `bound`, on how
+    far the service of clients that wait may be apart, is None where it promises none.
+    """
 
     client: str
     weight: float
@@ -125,6 +140,11 @@ class ClientStatistics:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    served: ServedTokens
+    service: float
+    service_uncached: float
+    credit: float | None
+    bound: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +244,15 @@ def _client_statistics(message: pb.ClientStatistics) -> ClientStatistics:
         prompt_tokens=message.prompt_tokens,
         cached_tokens=message.cached_tokens,
         completion_tokens=message.completion_tokens,
+        served=ServedTokens(
+            computed=message.served.computed,
+            cached=message.served.cached,
+            output=message.served.output,
+        ),
+        service=message.service,
+        service_uncached=message.service_uncached,
+        credit=message.credit if message.has_credit else None,
+        bound=message.bound or None,
     )
 
 

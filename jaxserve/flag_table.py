@@ -17,6 +17,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
 from jaxserve.schedulers.presets import PRESETS, fill_preset
 from jaxserve.server_config import (
+    CLIENT_METRICS,
     CONVERT_DTYPES,
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
@@ -162,6 +163,13 @@ SERVER: Final = Group(
             "sampling_defaults",
             "what absent sampling fields mean: the model's own defaults, or none",
             SAMPLING_DEFAULTS,
+        ),
+        Flag(
+            "client_metrics",
+            ServerConfig,
+            "client_metrics",
+            "whether /metrics names clients; auto: unless API keys are in use",
+            CLIENT_METRICS,
         ),
         Flag("drain_s", ServerConfig, "drain_s", "time to finish after the first signal"),
         Flag("max_message_mb", ServerConfig, "max_message_mb", "largest message taken or sent"),

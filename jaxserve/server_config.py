@@ -13,6 +13,7 @@ from jaxserve.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "neutral")
+CLIENT_METRICS = ("auto", "on", "off")
 CONVERT_DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -38,7 +39,8 @@ class ServerConfig:
     Without `api_keys`, a file, everybody who reaches the server may use it, so that only this
     machine may reach it. `chat_template` is a file that wins over the model's own.
     `sampling_defaults` says whether requests fall back to the model's own defaults or to neutral
-    ones.
+    ones. `client_metrics` auto names clients on the metrics page unless API keys are in use: the
+    page needs no key.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +49,7 @@ class ServerConfig:
     api_keys: str = ""
     chat_template: str = ""
     sampling_defaults: str = "model"
+    client_metrics: str = "auto"
     drain_s: float = 30.0
     max_message_mb: float = 16.0
 
@@ -69,9 +72,18 @@ class ServerConfig:
             defaults,
             ", ".join(SAMPLING_DEFAULTS),
         )
+        shown = self.client_metrics
+        _require(shown in CLIENT_METRICS, "client_metrics", shown, ", ".join(CLIENT_METRICS))
         drain_s, mb = self.drain_s, self.max_message_mb
         _require(math.isfinite(drain_s) and drain_s >= 0, "drain_s", drain_s, "0 or more seconds")
         _require(0 < mb <= 1024, "max_message_mb", mb, "a number in (0, 1024]")
+
+    @property
+    def names_clients(self) -> bool:
+        """Whether the metrics page shows clients by name."""
+        if self.client_metrics == "auto":
+            return not self.api_keys
+        return self.client_metrics == "on"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

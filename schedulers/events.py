@@ -4,8 +4,9 @@ A policy is a deterministic state machine over these. It reads no clock: time is
 are named by the number the engine core gave them, which grows with arrival.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .prefix_tree import Cleared, Removed, Stored
 
@@ -88,3 +89,7 @@ CacheChange = Stored | Removed | Cleared
 """What the prefix cache holds has changed. Told at once, before the next event of another kind."""
 
 Event = Arrive | Admit | Preempt | Enact | Finish | Abort | Tick | CacheChange
+
+Takes = Mapping[type, Callable[[Any], None]]
+"""What a policy does about events, by their class. A slice brings hundreds, and asking for one
+class after the other takes longer than what most policies do then."""

@@ -26,8 +26,12 @@ takes pages out of the tree while they are read. To the counts these are all the
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from .prefix_tree import KvEvent, Match, PrefixTree
+
+_EVICTION_SHARE: Final = 1 / 256
+"""Small enough that what it costs in hits cannot be measured; below 256 pages it is nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +47,7 @@ class Lease:
     released: bool = field(default=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Granted:
     """The lease covers the tokens asked for; `pages` are the ones newly handed out."""
 
@@ -261,10 +265,15 @@ class PagePool:
         self._free += lease.pages[lease.num_shared :]
 
     def _take(self, num_pages: int) -> list[int]:
-        """`num_pages` pages, evicting as few as needed; the caller knows that they are there."""
+        """`num_pages` pages, evicting if need be; the caller knows that they are there.
+
+        A pool under pressure evicts at every lease. So that many leases pay for one eviction, it
+        makes room for `_EVICTION_SHARE` of the pool at least.
+        """
         free = self._free
         if num_pages > len(free):
-            free += self.tree.evict(num_pages - len(free))
+            wanted = max(num_pages - len(free), int(self.num_pages * _EVICTION_SHARE))
+            free += self.tree.evict(min(wanted, self.tree.num_evictable))
         split = len(free) - num_pages
         pages = free[split:]
         del free[split:]

@@ -158,7 +158,7 @@ class _Node:
         self.key, self.page, self.parent, self.holds = key, page, parent, holds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Match:
     """The longest cached prefix of `num_queried` keys: its pages in order.
 

@@ -1,39 +1,20 @@
-"""Waiting prompts by how much of each is cached: a radix tree in which a change moves one node.
+"""Waiting requests by the longest cached prefix, or by another rule of match and rank.
 
-Orders that care for cached prefixes ask who has the longest match. Ten thousand waiting requests
-may share a prefix, and its insertion or eviction changes the match of every one of them; here it
-changes one node. Knows page keys and ranks. Knows no page, no pool and no policy.
-
-A node holds a *run* of page keys that all requests below it have. The first `cached` keys of a run
-are cached; only whole runs may have cached children, because pages are cached parents first. So all
-requests whose prompts part ways with the cache inside one run, or right behind it, have the same
-match: they are that node's *group*. A node's members are the ranks of the requests that end in it
-and the least rank below each child of which nothing is cached. The group of a node is then what
-its members lead to, its match is `start + cached`, and groups are sorted by that.
-
-Requests wait in *lanes*, one per client for orders that ask client by client. A node keeps members
-for each lane that has some; a change of the cache costs by the lanes it concerns.
+Requests wait in *lanes*, one per client for orders that ask client by client. Each home of the tree
+of prompts keeps those who live in it, lane by lane, sorted by rank; and a lane's homes are sorted
+by what the rule makes of their match and their least rank. Homes whose match has changed are sorted
+in anew when somebody asks: by then the prefix may be back. Knows ranks. Knows no policy.
 """
 
 import heapq
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
-from sortedcontainers import SortedDict, SortedList
-
-from .prefix_tree import NO_PARENT, Cleared, Removed, Stored
-
-Rank = tuple[Any, ...]
-"""How a request stands beside others with the same match; unique, smallest first."""
+from .prompt_tree import Home, Node, PromptTree, Rank, way_up
+from .ranking import Ranking
 
 GroupKey = Callable[[int, Rank], tuple[Any, ...]]
-"""How a group stands beside others: by its match in pages and its least rank; smallest first."""
-
-OnMatch = Callable[[list[Rank], int], None]
-"""Told whose match a change of the cache has changed, and what it is now, in pages."""
-
-
-NO_LANES: Final[frozenset[str]] = frozenset()
+"""How a home stands beside others: by its match in pages and its least rank; smallest first."""
 
 
 def longest_match(match: int, least: Rank) -> tuple[Any, ...]:
@@ -41,307 +22,144 @@ def longest_match(match: int, least: Rank) -> tuple[Any, ...]:
     return (-match, *least)
 
 
-class _Lane:
-    """One lane's members of a node. `fresh` maps the least rank of each uncached child to it;
-    `posted` is the least rank that the index or the parent knows."""
+class _Lane(Ranking[Rank, None]):
+    """One lane's requests in a home; the lane has the home at `key`, because of `first`."""
 
-    __slots__ = ("fresh", "members", "posted")
+    __slots__ = ("first", "key")
 
     def __init__(self) -> None:
-        self.fresh: dict[Rank, Node] = {}
-        self.members: SortedList = SortedList()
-        self.posted: Rank | None = None
+        super().__init__()
+        self.first: Rank | None = None
+        self.key: tuple[Any, ...] | None = None
 
 
-class Node:
-    """See the module docstring."""
+class _Home(Home):
+    __slots__ = ("lanes",)
 
-    __slots__ = ("cached", "children", "lanes", "parent", "run", "start")
-
-    def __init__(self, parent: "Node | None", run: tuple[bytes, ...], start: int, cached: int):
-        self.parent, self.run, self.start, self.cached = parent, run, start, cached
-        self.children: dict[bytes, Node] = {}
+    def __init__(self, node: Node, above: "_Home | None"):
+        super().__init__(node, above)
         self.lanes: dict[str, _Lane] = {}
 
-    def lane(self, name: str) -> _Lane:
-        """The lane, made if need be."""
-        found = self.lanes.get(name)
-        if found is None:
-            found = self.lanes[name] = _Lane()
-        return found
 
+class WaitingTree(PromptTree[_Home]):
+    """A tree of waiting prompts that knows who stands first, and in what sequence the others do."""
 
-class WaitingTree:
-    """Waiting requests, each under a rank and the keys of the pages its prompt could find cached.
-
-    The caller reports every change of the prefix cache, and for a new request how many of its keys
-    are cached. Who asks for `on_match` pays for it by the number of requests that it names.
-    """
-
-    def __init__(self, group_key: GroupKey = longest_match, *, on_match: OnMatch | None = None):
+    def __init__(self, group_key: GroupKey = longest_match):
         self._group_key = group_key
-        self._on_match = on_match
-        self._root: Final = Node(None, (), 0, 0)
-        self._place_of: dict[Rank, tuple[Node, str]] = {}
-        self._groups: dict[str, SortedDict] = {}  # lane -> key -> node
-        self._at: dict[bytes, Node] = {}  # cached keys on waiting paths
-
-    def __len__(self) -> int:
-        return len(self._place_of)
-
-    def add(self, rank: Rank, keys: Sequence[bytes], num_cached: int, *, lane: str = "") -> None:
-        """Let a request wait; `num_cached` of `keys` are cached. No two ranks are equal."""
-        node = self._descend(tuple(keys), num_cached)
-        node.lane(lane).members.add(rank)
-        self._place_of[rank] = node, lane
-        self._post(node, lane)
-
-    def remove(self, rank: Rank) -> None:
-        """Take a request out."""
-        node, lane = self._place_of.pop(rank)
-        node.lanes[lane].members.remove(rank)
-        self._post(node, lane)
-        while not node.lanes and not node.children and node.parent is not None:
-            self._unlink(node)
-            node = node.parent
+        self._homes: dict[str, Ranking[tuple[Any, ...], _Home]] = {}  # by lane
+        self._sorted_by: dict[_Home, int] = {}  # the match, of homes that may have another now
+        self._changed: dict[str, None] = {}  # lanes, since somebody asked
+        super().__init__()
 
     def first(self, lane: str = "") -> Rank | None:
         """Who stands first in a lane."""
-        groups = self._groups.get(lane)
-        if not groups:
-            return None
-        return groups.peekitem(0)[1].lanes[lane].posted
+        if self._sorted_by:
+            self._sort_anew()
+        homes = self._homes.get(lane)
+        return homes[homes.least()].lanes[lane].first if homes else None
 
-    def match(self, rank: Rank) -> int:
-        """Pages of the request's prompt that are cached."""
-        return _match(self._place_of[rank][0])
+    def first_key(self, lane: str) -> tuple[Any, ...]:
+        """How the first one stands in a lane where somebody waits."""
+        if self._sorted_by:
+            self._sort_anew()
+        return self._homes[lane].least()
+
+    def first_beside(self, passed: Callable[[Node], bool], lane: str = "") -> Rank | None:
+        """Who stands first in a lane, leaving out all at and below nodes that are `passed`.
+
+        Such a node is made a home, so that from then on it is passed in one step.
+        """
+        self._sort_anew()
+        homes = self._homes.get(lane, Ranking())
+        for key in homes.ascending():
+            home = homes[key]
+            rank = home.lanes[lane].first
+            branches = [node for node in way_up(self._node_of[rank]) if passed(node)]
+            if not branches:
+                return rank
+            if branches[-1].home is home and branches[-1] is not home.node:
+                self._make_home_of(branches[-1])
+                return self.first_beside(passed, lane)
+        return None
+
+    def changed_lanes(self) -> Collection[str]:
+        """Lanes of requests whose match has changed since this was last asked."""
+        if self._sorted_by:
+            self._sort_anew()
+        if not self._changed:
+            return ()
+        changed, self._changed = self._changed, {}
+        return changed
 
     def ranks(self, lane: str = "") -> Iterator[Rank]:
         """A lane, the first one first. A change ends the iteration: ask anew."""
-        groups = iter(self._groups.get(lane, {}).items())
-        upcoming = next(groups, None)
-        # (key, tie-break, rank, match, the rest of the group)
+        self._sort_anew()
+        homes = self._homes.get(lane, Ranking())
+        keys = homes.ascending()
+        upcoming = next(keys, None)
+        # (key, tie-break, rank, match, the others who live there)
         heap: list[Any] = []
-        num_groups = 0
         while upcoming is not None or heap:
-            while upcoming is not None and (not heap or upcoming[0] <= heap[0][0]):
-                key, node = upcoming
-                num_groups += 1
-                rest = members_of(node, lane)
-                heapq.heappush(heap, (key, num_groups, next(rest), node.start + node.cached, rest))
-                upcoming = next(groups, None)
-            _, number, rank, match, rest = heapq.heappop(heap)
+            while upcoming is not None and (not heap or upcoming <= heap[0][0]):
+                home = homes[upcoming]
+                others = home.lanes[lane].ascending()
+                heapq.heappush(heap, (upcoming, len(heap), next(others), home.match, others))
+                upcoming = next(keys, None)
+            key, number, rank, match, others = heap[0]
             yield rank
-            following = next(rest, None)
-            if following is not None:
-                key = self._group_key(match, following)
-                heapq.heappush(heap, (key, number, following, match, rest))
-
-    # ------------------------------------------------------------------------------ the cache
-
-    def on(self, change: Stored | Removed | Cleared) -> Collection[str]:
-        """Take note of a change of the cache; the lanes it concerns."""
-        match change:
-            case Stored(parent_key=parent_key, keys=keys):
-                return self._stored(parent_key, keys)
-            case Removed(keys=keys):
-                return self._removed(keys)
-            case Cleared():
-                return self._cleared()
-
-    def _stored(self, parent_key: bytes, keys: Sequence[bytes]) -> Collection[str]:
-        node = self._root if parent_key == NO_PARENT else self._at.get(parent_key)
-        place, lanes = 0, NO_LANES
-        while node is not None and place < len(keys):
-            if node.cached == len(node.run):
-                node = node.children.get(keys[place])
-                continue
-            taken = 0
-            limit = min(len(node.run) - node.cached, len(keys) - place)
-            while taken < limit and node.run[node.cached + taken] == keys[place + taken]:
-                taken += 1
-            if not taken:
-                break
-            lanes = lanes | self._set_cached(node, node.cached + taken)
-            place += taken
-        return lanes
-
-    def _removed(self, keys: Sequence[bytes]) -> Collection[str]:
-        # Children come before parents, so that the last key of a run to go says what is left of it.
-        left: dict[Node, int] = {}
-        for key in keys:
-            node = self._at.get(key)
-            if node is not None:
-                left[node] = node.run.index(key)
-        lanes = NO_LANES
-        for node, cached in left.items():
-            lanes = lanes | self._set_cached(node, cached)
-        return lanes
-
-    def _cleared(self) -> Collection[str]:
-        lanes = NO_LANES
-        # Deepest first, as evictions come.
-        for node in sorted(set(self._at.values()), key=lambda node: -node.start):
-            lanes = lanes | self._set_cached(node, 0)
-        return lanes
-
-    def _set_cached(self, node: Node, cached: int) -> frozenset[str]:
-        """The lanes whose requests have another match now."""
-        for key in node.run[cached : node.cached]:
-            del self._at[key]
-        self._at.update(dict.fromkeys(node.run[node.cached : cached], node))
-        lanes = frozenset(node.lanes)
-        for lane in lanes:
-            self._withdraw(node, lane)
-        node.cached = cached
-        for lane in lanes:
-            self._post(node, lane)
-            if node.parent is not None:
-                self._post(node.parent, lane)  # which may just have lost a member
-        if self._on_match is not None:
-            for lane in lanes:
-                self._on_match(_group(node, lane), _match(node))
-        return lanes
-
-    # ------------------------------------------------------------------------------- the tree
-
-    def _descend(self, keys: tuple[bytes, ...], num_cached: int) -> Node:
-        """The node where `keys` end, made if need be."""
-        node, place = self._root, 0
-        while place < len(keys):
-            child = node.children.get(keys[place])
-            if child is None:
-                return self._grow(node, keys[place:], max(0, num_cached - place))
-            common = _num_common(child.run, keys, place)
-            node = child if common == len(child.run) else self._split(child, common)
-            place += common
-        return node
-
-    def _grow(self, parent: Node, run: tuple[bytes, ...], cached: int) -> Node:
-        node = Node(parent, run, parent.start + len(parent.run), min(cached, len(run)))
-        parent.children[run[0]] = node
-        self._at.update(dict.fromkeys(run[: node.cached], node))
-        return node
-
-    def _split(self, lower: Node, length: int) -> Node:
-        """Cut a run in two; the new node is the upper one."""
-        parent = lower.parent
-        assert parent is not None
-        for lane in lower.lanes:
-            self._withdraw(lower, lane)
-        upper = Node(parent, lower.run[:length], lower.start, min(lower.cached, length))
-        parent.children[upper.run[0]] = upper
-        upper.children[lower.run[length]] = lower
-        lower.parent, lower.run = upper, lower.run[length:]
-        lower.start, lower.cached = lower.start + length, max(0, lower.cached - length)
-        self._at.update(dict.fromkeys(upper.run[: upper.cached], upper))
-        for lane in lower.lanes:
-            self._post(lower, lane)
-        return upper
-
-    def _unlink(self, node: Node) -> None:
-        assert node.parent is not None
-        del node.parent.children[node.run[0]]
-        for key in node.run[: node.cached]:
-            del self._at[key]
-
-    # ----------------------------------------------------------------------------- the groups
-
-    def _post(self, node: Node, name: str) -> None:
-        """Show the lane's least rank where it is looked for: in the index, or to the parent."""
-        while True:
-            lane = node.lanes.get(name)
-            if lane is None:
+            if upcoming is None and len(heap) == 1:
+                yield from others
                 return
-            members: Any = lane.members  # whose types do not say what they hold
-            least = members[0] if members else None
-            if least == lane.posted and least is not None:
-                return
-            self._withdraw(node, name)
-            if least is None:
-                del node.lanes[name]
-            lane.posted = least
-            parent = node.parent
-            if node.cached or parent is None:
-                if least is not None:
-                    groups = self._groups.setdefault(name, SortedDict())
-                    groups[self._group_key(node.start + node.cached, least)] = node
-                return
-            if least is not None:
-                above = parent.lane(name)
-                above.fresh[least] = node
-                above.members.add(least)
-            node = parent
-
-    def _withdraw(self, node: Node, name: str) -> None:
-        """Undo what `_post` did; whoever calls it posts again, and so the nodes above."""
-        lane, parent = node.lanes[name], node.parent
-        least = lane.posted
-        if least is None:
-            return
-        lane.posted = None
-        if node.cached or parent is None:
-            groups = self._groups[name]
-            del groups[self._group_key(node.start + node.cached, least)]
-            if not groups:
-                del self._groups[name]
-        else:
-            above = parent.lanes[name]
-            del above.fresh[least]
-            above.members.remove(least)
-
-
-def _match(node: Node) -> int:
-    """Cached pages of the prompts that end in `node` or are in its group."""
-    above = node
-    while not above.cached and above.parent is not None:
-        above = above.parent
-    return above.start + above.cached
-
-
-def _group(node: Node, name: str) -> list[Rank]:
-    """The ranks that a lane's members of `node` lead to, in no order."""
-    ranks: list[Rank] = []
-    lanes = [node.lanes[name]] if name in node.lanes else []
-    while lanes:
-        lane = lanes.pop()
-        for rank in lane.members:
-            child = lane.fresh.get(rank)
-            if child is None:
-                ranks.append(rank)
+            following = next(others, None)
+            if following is None:
+                heapq.heappop(heap)
             else:
-                lanes.append(child.lanes[name])
-    return ranks
+                key = self._group_key(match, following)
+                heapq.heapreplace(heap, (key, number, following, match, others))
 
+    # What the tree of prompts asks for.
 
-def members_of(node: Node, name: str) -> Iterator[Rank]:
-    """The ranks of a lane's group, least first."""
-    if name not in node.lanes:
-        return
-    lane = node.lanes[name]
-    # (rank, tie-break, lane, place among the lane's members)
-    heap: list[Any] = [(lane.members[0], 0, lane, 0)]
-    num_pushed = 0
-    while heap:
-        rank, _, lane, place = heapq.heappop(heap)
-        child = lane.fresh.get(rank)
-        if child is None:
-            yield rank
+    def _make_home(self, node: Node, above: _Home | None) -> _Home:
+        return _Home(node, above)
+
+    def _enter(self, home: _Home, rank: Rank, lane: str) -> None:
+        ranking = home.lanes.get(lane)
+        if ranking is None:
+            ranking = home.lanes[lane] = _Lane()
+        ranking.put(rank, None)
+        if ranking.first is None or rank < ranking.first:
+            self._sort_in(home, lane, ranking)
+
+    def _leave(self, home: _Home, rank: Rank, lane: str) -> None:
+        ranking = home.lanes[lane]
+        del ranking[rank]
+        if rank == ranking.first:
+            self._sort_in(home, lane, ranking)
+
+    def _rematched(self, home: _Home, before: int) -> None:
+        self._sorted_by.setdefault(home, before)
+
+    def _sort_anew(self) -> None:
+        """Sort in anew the homes whose match has changed."""
+        for home, match in self._sorted_by.items():
+            if home.match != match:
+                self._changed.update(dict.fromkeys(home.lanes))
+                for name, lane in home.lanes.items():
+                    self._sort_in(home, name, lane)
+        self._sorted_by.clear()
+
+    def _sort_in(self, home: _Home, name: str, lane: _Lane) -> None:
+        """Bring up to date where `lane` has `home`."""
+        homes = self._homes.get(name)
+        if homes is None:
+            homes = self._homes[name] = Ranking()
+        if lane.key is not None:
+            del homes[lane.key]
+        if lane:
+            lane.first = lane.least()
+            lane.key = self._group_key(home.match, lane.first)
+            homes.put(lane.key, home)
         else:
-            num_pushed += 1
-            heapq.heappush(heap, (rank, num_pushed, child.lanes[name], 0))
-        if place + 1 < len(lane.members):
-            num_pushed += 1
-            heapq.heappush(heap, (lane.members[place + 1], num_pushed, lane, place + 1))
-
-
-def _num_common(run: tuple[bytes, ...], keys: tuple[bytes, ...], place: int) -> int:
-    """How many keys of `run` are those of `keys` from `place` on."""
-    if keys[place : place + len(run)] == run:
-        return len(run)
-    common = 0
-    for ours, theirs in zip(run, keys[place:], strict=False):
-        if ours != theirs:
-            break
-        common += 1
-    return common
+            del home.lanes[name]
+            if not homes:
+                del self._homes[name]

@@ -9,7 +9,6 @@ Half of every prompt is shared by all requests. Every so often that prefix is ev
 again, as far as the order knows: the change that touches everybody who waits.
 """
 
-import gc
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.engine.batch import BatchShape, Bucket, Packer
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
+from jaxserve.engine.garbage import settle_collector
 from jaxserve.engine.scripted import ScriptedExecutor
 from jaxserve.request import Limits, Request, SamplingParams
 from jaxserve.schedulers.events import Event
@@ -31,22 +31,26 @@ from jaxserve.schedulers.prefix_tree import NO_PARENT, Removed, Stored, page_key
 ROWS: Final = 256
 PAGE_SIZE: Final = 64
 PROMPT_TOKENS: Final = 1024
-STEPS: Final = 16
-CYCLE_S: Final = 0.05
 ARRIVALS_PER_S: Final = 1000
 OUTPUT_TOKENS: Final = (40, 120)
-"""As many rows end in a cycle as requests arrive, in the mean."""
+STEP_S: Final = ROWS / (ARRIVALS_PER_S * sum(OUTPUT_TOKENS) / 2)
+"""A step takes so long that as many rows end as requests arrive, in the mean: 3.2 ms."""
 CLIENTS: Final = 100
 CHANGE_EVERY: Final = 10
 """Cycles between changes of the shared prefix."""
-WARM_CYCLES: Final = 20
+WARM_STEPS: Final = 4 * max(OUTPUT_TOKENS)
+"""Until rows that began together no longer end together."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerCost:
-    """Milliseconds of a cycle, and bytes that a waiting request takes beside its tokens."""
+    """Milliseconds of a cycle, and bytes that a waiting request takes beside its tokens.
+
+    `steps` is the length of a slice, and so how many requests arrive and end in a cycle.
+    """
 
     order: str
+    steps: int
     num_waiting: int
     order_mean_ms: float
     order_p99_ms: float
@@ -74,14 +78,7 @@ class _Timed:
         return number
 
     def waiting(self) -> Iterator[int]:
-        numbers = self._order.waiting()
-        while True:
-            began_s = time.perf_counter()
-            number = next(numbers, None)
-            self.seconds += time.perf_counter() - began_s
-            if number is None:
-                return
-            yield number
+        return self._order.waiting()  # not asked for in a cycle
 
     def running(self) -> list[int]:
         began_s = time.perf_counter()
@@ -119,9 +116,12 @@ class _Load:
         )
 
 
-def measure(order: str, *, num_waiting: int, num_cycles: int, seed: int = 0) -> SchedulerCost:
-    """Cycles with about `num_waiting` requests in the queue."""
-    load, core = _Load(seed), _make_core(order)
+def measure(
+    order: str, *, num_waiting: int, num_cycles: int, steps: int, seed: int = 0
+) -> SchedulerCost:
+    """Cycles with about `num_waiting` requests in the queue, and slices of `steps` steps."""
+    load, core = _Load(seed), _make_core(order, steps)
+    settle_collector()
     tracemalloc.start()
     requests = [load.request() for _ in range(num_waiting + ROWS)]
     before = tracemalloc.get_traced_memory()[0]
@@ -132,10 +132,10 @@ def measure(order: str, *, num_waiting: int, num_cycles: int, seed: int = 0) -> 
     timed = _Timed(core.order)
     core.order = timed
     core.pool.tree.on_change = timed.on
-    gc.collect()
     order_s, cycle_s = _run(core, timed, load, num_cycles)
     return SchedulerCost(
         order=order,
+        steps=steps,
         num_waiting=num_waiting,
         order_mean_ms=1e3 * float(np.mean(order_s)),
         order_p99_ms=1e3 * float(np.percentile(order_s, 99)),
@@ -145,7 +145,7 @@ def measure(order: str, *, num_waiting: int, num_cycles: int, seed: int = 0) -> 
     )
 
 
-def _make_core(order: str) -> EngineCore:
+def _make_core(order: str, steps: int) -> EngineCore:
     most = PROMPT_TOKENS + max(OUTPUT_TOKENS)
     return EngineCore(
         CoreConfig(
@@ -157,7 +157,7 @@ def _make_core(order: str) -> EngineCore:
             scheduler=SchedulerConfig(
                 order=order,
                 slicing="fixed",
-                slice_steps=STEPS,
+                slice_steps=steps,
                 max_rows=ROWS,
                 max_prefill_tokens=65536,
                 max_waiting=10**6,
@@ -174,13 +174,16 @@ def _run(
     """Seconds of the order and of all, cycle by cycle."""
     executor = ScriptedExecutor(vocab_size=1000)
     table_pages = core.config.limits.max_context // PAGE_SIZE + 1
-    shape = BatchShape(tile=32, table_pages=table_pages, step_buffer=STEPS, max_rows=ROWS)
+    steps = core.config.scheduler.slice_steps
+    shape = BatchShape(tile=32, table_pages=table_pages, step_buffer=steps, max_rows=ROWS)
     packer = Packer(shape, (Bucket(ROWS, 0), Bucket(ROWS, 2048)))
     order_s: list[float] = []
     cycle_s: list[float] = []
-    for cycle in range(WARM_CYCLES + num_cycles):
-        now_s = cycle * CYCLE_S
-        arrivals = [load.request() for _ in range(int(ARRIVALS_PER_S * CYCLE_S))]
+    warm, num_arrived = WARM_STEPS // steps, 0
+    for cycle in range(warm + num_cycles):
+        now_s = cycle * steps * STEP_S
+        arrivals = [load.request() for _ in range(int(ARRIVALS_PER_S * now_s) - num_arrived)]
+        num_arrived += len(arrivals)
         timed.seconds, began_s = 0.0, time.perf_counter()
         for request in arrivals:
             core.submit(request, now_s)
@@ -195,7 +198,7 @@ def _run(
         core.complete(result, now_s)
         core.take_deltas()
         host_s += time.perf_counter() - began_s
-        if cycle >= WARM_CYCLES:
+        if cycle >= warm:
             order_s.append(timed.seconds)
             cycle_s.append(host_s)
     return order_s, cycle_s

@@ -10,12 +10,13 @@ of P pages (float32 values travel as their bits):
     prompt tokens [NT, Q]
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from jaxserve.engine.plan import RowPlan, RowStart, SlicePlan
+from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 
 HEADER: Final = 4
@@ -44,6 +45,9 @@ FLOAT_FIELDS: Final = (
 )
 ROW_FIELDS: Final = (*INT_FIELDS, *FLOAT_FIELDS)
 FIELD: Final = {name: place for place, name in enumerate(ROW_FIELDS)}
+
+_SAMPLING: Final = struct.Struct("=5iIi6f")
+"""A record from "length" on; seeds use all 32 bits."""
 
 IDLE, DECODE, START = range(3)
 """Kinds of rows: padding or in the middle of its prompt; decoding; ends its prompt in step 0."""
@@ -103,7 +107,9 @@ class Packer:
         self._tables = np.zeros((slots, shape.table_pages), np.int32)
         self._extras = np.zeros(slots, bool)
         self._logprobs = np.zeros(slots, bool)
-        self._greatest: dict[int, int] = {}
+        self._greatest = [0] * slots  # pages of each slot's table that are written
+        most_tiles = max((bucket.tiles for bucket in buckets), default=0)
+        self._tile_starts = shape.tile * np.arange(most_tiles, dtype=np.int32)
 
     def bucket(self, plan: SlicePlan) -> Bucket:
         """The smallest bucket that holds the plan."""
@@ -126,27 +132,32 @@ class Packer:
         bucket = self.bucket(plan)
         buffer = np.zeros(self._shape.size(bucket), np.int32)
         header, rows, stop, tables, tiles, tokens = split(buffer, bucket, self._shape)
-        order = np.array(sorted(range(len(plan.rows)), key=lambda i: -plan.rows[i].cover), np.intp)
+        cover_B = np.array([row.cover for row in plan.rows], np.int32)
+        order = np.argsort(-cover_B, kind="stable")
         num_rows = order.size
-        slots = np.fromiter((plan.rows[i].slot for i in order), np.intp, num_rows)
-        next_tile = 0
-        for place, i in enumerate(order):
-            row = plan.rows[i]
-            kind, sample_from = DECODE, bucket.tiles * self._shape.tile + place
-            self._set_table(row)
-            if row.start is not None:
-                self._set_record(row.slot, row.start)
-                kind = START
+        slots = np.array([row.slot for row in plan.rows], np.intp)[order]
+        place_of = np.argsort(order).tolist()
+        kinds = np.full(num_rows, DECODE, np.int32)
+        sample_from = bucket.tiles * self._shape.tile + np.arange(num_rows, dtype=np.int32)
+        next_tile, greatest = 0, self._greatest
+        for i, row in enumerate(plan.rows):
             if row.chunk is not None:
-                last = self._put_chunk(row, place, next_tile, tiles, tokens)
+                place = place_of[i]
+                last = self._put_chunk(row.chunk, place, next_tile, tiles, tokens)
                 next_tile += -(-row.chunk.tokens.size // self._shape.tile)
-                kind, sample_from = (START, last) if row.start is not None else (IDLE, 0)
-            record = self._records[row.slot]
-            record[FIELD["slot"]] = row.slot
-            record[FIELD["kind"]] = kind
-            record[FIELD["steps"]] = row.steps
-            record[FIELD["cover"]] = row.cover
-            record[FIELD["sample_from"]] = sample_from
+                kinds[place], sample_from[place] = IDLE, 0
+                if row.start is not None:
+                    self._set_record(row.slot, row.start)
+                    kinds[place], sample_from[place] = START, last
+                greatest[row.slot] = 0  # another request's
+            if greatest[row.slot] < len(row.pages):
+                self._grow_table(row)
+        records = self._records
+        records[slots, FIELD["slot"]] = slots
+        records[slots, FIELD["kind"]] = kinds
+        records[slots, FIELD["steps"]] = np.array([row.steps for row in plan.rows], np.int32)[order]
+        records[slots, FIELD["cover"]] = cover_B[order]
+        records[slots, FIELD["sample_from"]] = sample_from
         rows[:num_rows] = self._records[slots]
         rows[num_rows:, FIELD["slot"]] = self._shape.max_rows  # out of range: dropped
         rows[num_rows:, FIELD["repetition"]] = _bits(1.0)
@@ -164,58 +175,47 @@ class Packer:
         """Whether a row of the plan asked for log-probabilities."""
         return bool(self._logprobs[[row.slot for row in plan.rows]].any())
 
-    def _set_table(self, row: RowPlan) -> None:
-        pages = row.pages
-        table = self._tables[row.slot]
-        if row.chunk is not None:
-            table[: len(pages)] = pages
-            self._greatest[row.slot] = len(pages)
-            return
-        known = self._greatest[row.slot]
-        if known < len(pages):
-            table[known : len(pages)] = pages[known:]
-            self._greatest[row.slot] = len(pages)
+    def _grow_table(self, row: RowPlan) -> None:
+        known, pages = self._greatest[row.slot], row.pages
+        self._tables[row.slot, known : len(pages)] = pages[known:]
+        self._greatest[row.slot] = len(pages)
 
     def _set_record(self, slot: int, start: RowStart) -> None:
         params = start.params
-        ints = {
-            "length": start.prompt.size + len(start.made),
-            "prompt_length": start.prompt.size,
-            "max_length": start.max_length,
-            "min_tokens": params.min_tokens,
-            "top_k": params.top_k,
-            "seed": start.seed,
-            "ignore_eos": params.ignore_eos,
-        }
-        floats = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "min_p": params.min_p,
-            "repetition": params.repetition_penalty,
-            "presence": params.presence_penalty,
-            "frequency": params.frequency_penalty,
-        }
-        record = self._records[slot]
-        for name, value in ints.items():
-            record[FIELD[name]] = np.array(value, np.int64).astype(np.int32)
-        for name, value in floats.items():
-            record[FIELD[name]] = _bits(value)
+        record = _SAMPLING.pack(
+            start.prompt.size + len(start.made),
+            start.prompt.size,
+            start.max_length,
+            params.min_tokens,
+            params.top_k,
+            start.seed,
+            params.ignore_eos,
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self._records[slot, FIELD["length"] :] = np.frombuffer(record, np.int32)
         self._stop[slot] = -1
-        self._stop[slot, : len(params.stop_token_ids)] = params.stop_token_ids
+        if params.stop_token_ids:
+            self._stop[slot, : len(params.stop_token_ids)] = params.stop_token_ids
         self._extras[slot] = params.needs_extras
         self._logprobs[slot] = params.logprobs is not None
 
     def _put_chunk(
-        self, row: RowPlan, place: int, tile: int, tiles: np.ndarray, tokens: np.ndarray
+        self, chunk: Chunk, place: int, tile: int, tiles: np.ndarray, tokens: np.ndarray
     ) -> int:
         """Lay a chunk out in tiles; returns the flat index of its last token."""
-        assert row.chunk is not None
-        size, width = row.chunk.tokens.size, self._shape.tile
+        size, width = chunk.tokens.size, self._shape.tile
         num = -(-size // width)
-        tokens.reshape(-1)[tile * width : tile * width + size] = row.chunk.tokens
-        tiles[tile : tile + num, 0] = place
-        tiles[tile : tile + num, 1] = row.chunk.start + width * np.arange(num)
-        tiles[tile : tile + num, 2] = np.minimum(width, size - width * np.arange(num))
+        tokens.reshape(-1)[tile * width : tile * width + size] = chunk.tokens
+        mine = tiles[tile : tile + num]
+        mine[:, 0], mine[:, 2] = place, width
+        mine[:, 1] = self._tile_starts[:num]
+        mine[:, 1] += chunk.start
+        mine[-1, 2] = size - (num - 1) * width
         return tile * width + size - 1
 
 

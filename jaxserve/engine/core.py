@@ -7,14 +7,18 @@ is only how long it is, so its lease always covers the most it can have.
 """
 
 import heapq
+import math
+import operator
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
+from jaxserve.engine.admitter import Admitter
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
+from jaxserve.engine.prefixes import Prefixes
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import Compiles, EngineStatistics
 from jaxserve.errors import BadRequest, JaxserveError, QueueFull
@@ -28,8 +32,10 @@ from jaxserve.request import (
 from jaxserve.schedulers.admission import Candidate, RunningRows
 from jaxserve.schedulers.catalog import make_admission, make_order, victim_key
 from jaxserve.schedulers.estimators.serving_time import SliceShape
-from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt
+from jaxserve.schedulers.events import Abort, Arrive, Enact, Finish, Preempt, Ran
+from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.pages import PagePool
+from jaxserve.schedulers.service_meter import ServiceMeter
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,11 @@ class Rejection:
 
 @dataclass(slots=True)
 class _InFlight:
+    """A dispatched slice: the sequences in its rows, and the steps each was given."""
+
     number: int
-    rows: list[tuple[Sequence, int]]
+    rows: list[Sequence]
+    steps: list[int]
 
 
 _REASONS = {
@@ -64,9 +73,9 @@ class EngineCore:
         self.config = config
         self._compiles = compiles
         scheduler = config.scheduler
-        self.order = make_order(
-            scheduler.order, scheduler.order_options, page_size=config.page_size
-        )
+        order = make_order(scheduler.order, scheduler.order_options, page_size=config.page_size)
+        self.meter = ServiceMeter(order)
+        self.order: Order = self.meter  # counts what each client is served, and hands events on
         self.admission = make_admission(scheduler.admission, scheduler.admission_options)
         self.slicing = scheduler.make_slicing(max_context=config.limits.max_context)
         self.victim_key = victim_key(scheduler.victim)
@@ -77,10 +86,13 @@ class EngineCore:
         self._in_flight: deque[_InFlight] = deque()
         self._last_slice = 0
         self._depth = 1
+        self._fits = (0, 0, 0)  # tokens, output tokens and samples of a request that would
         self._expiries: list[tuple[float, int, bool]] = []
         self._outbox: list[Delta] = []
         self.statistics_now = EngineStatistics(page_size=config.page_size)
-        self._planner = Planner(self)
+        self.prefixes = Prefixes(config, self.pool)
+        self._admitter = Admitter(self)
+        self._planner = Planner(self, self._admitter)
 
     # Requests in.
 
@@ -104,7 +116,7 @@ class EngineCore:
         self._check_fits(request, max_output)
         self._check_queue(request, now_s)
         self._last_job += 1
-        job = Job(self._last_job, request, max_output, now_s)
+        job = Job(self._last_job, request, max_output, now_s, self.prefixes.lookup_keys(request))
         job.sequences = [
             Sequence(job, sample, sample_seed(request.params.seed or 0, sample))
             for sample in range(request.params.n)
@@ -124,8 +136,8 @@ class EngineCore:
                 max_output=max_output,
                 num_samples=request.params.n,
                 weight=request.weight,
-                page_keys=self._planner.lookup_keys(job),
-                num_cached=self._planner.num_cached(job),
+                page_keys=job.page_keys,
+                num_cached=self.prefixes.num_cached(job),
                 deadline_s=request.deadline_s,
             )
         )
@@ -155,7 +167,7 @@ class EngineCore:
         ended = [each for each in job.sequences if sample in (-1, each.sample)]
         for sequence in ended:
             if keep_tokens is not None:
-                del sequence.made[keep_tokens:]
+                sequence.keep(keep_tokens)
             if reason is FinishReason.STOP:
                 self.admission.finished(job.request.client, len(sequence.made))
             self._end(sequence, reason, event=Abort)
@@ -180,7 +192,7 @@ class EngineCore:
                 return None
         plan, rows, self._depth = planned
         self._last_slice = plan.number
-        self._in_flight.append(_InFlight(plan.number, rows))
+        self._in_flight.append(_InFlight(plan.number, rows, [row.steps for row in plan.rows]))
         self.statistics_now.slices += 1
         self.statistics_now.prefill_tokens += plan.num_prefill_tokens
         return plan
@@ -192,27 +204,13 @@ class EngineCore:
             raise RuntimeError(f"slice {result.number} completed, {flight.number} was expected")
         self.pool.parsed(result.number)
         statistics, made_before = self.statistics_now, self.statistics_now.output_tokens
-        attended = finished = prompts = 0
-        ran = [
-            (sequence.job.number, 0, count)
-            for (sequence, _), count in zip(flight.rows, result.counts.tolist(), strict=True)
-            if count and sequence.phase is not Phase.DONE
-        ]
-        if ran:
-            self.order.on(Enact(ran))
-        for place, (sequence, steps) in enumerate(flight.rows):
-            attended += sequence.length * result.steps_run
-            finished += int(result.codes[place]) != Code.RUNNING
-            prompts += steps == 0  # a chunk that does not end its prompt
-            sequence.ahead -= steps
-            if sequence.phase is not Phase.DONE:
-                self._progress(sequence, result, place, now_s)
-            if sequence.phase is Phase.EVICTING and sequence.last_slice == result.number:
-                self._evict(sequence)
+        attended = sum([row.length for row in flight.rows]) * result.steps_run
+        ended = self._take_in(flight, result, now_s)
+        prompts = flight.steps.count(0)  # chunks that do not end their prompt
         shape = SliceShape(result.steps_run, result.rows_run, attended, result.prefill_run)
         made = statistics.output_tokens - made_before
         self.slicing.ran(
-            shape, slice_s=result.slice_s, host_s=result.host_s, made=made, finished=finished
+            shape, slice_s=result.slice_s, host_s=result.host_s, made=made, finished=ended
         )
         self.admission.ticked(result.steps_run)
         row_steps = result.steps_run * len(flight.rows)
@@ -245,28 +243,58 @@ class EngineCore:
 
     # Endings.
 
-    def _progress(self, sequence: Sequence, result: SliceResult, place: int, now_s: float) -> None:
-        job, statistics = sequence.job, self.statistics_now
-        count, code = int(result.counts[place]), int(result.codes[place])
-        tokens = tuple(result.tokens[:count, place].tolist())
-        sequence.made.extend(tokens)
-        if count:
-            statistics.output_tokens += count
-            if job.first_token_s is None:
-                assert job.admitted_s is not None
-                job.first_token_s = now_s
-                statistics.request_prefill_time_seconds.observe(now_s - job.admitted_s)
-        if code == Code.RUNNING:
+    def _take_in(self, flight: _InFlight, result: SliceResult, now_s: float) -> int:
+        """Tokens go to their sequences, then policies hear of them, then ends are ends. How many
+        rows ended on the device."""
+        tokens = result.tokens[: result.steps_run].T.tolist()
+        counts, codes = result.counts.tolist(), result.codes.tolist()
+        ran: list[Ran] = []
+        ending: list[tuple[Sequence, int]] = []
+        for place, row in enumerate(flight.rows):
+            row.ahead -= flight.steps[place]
+            if row.phase is Phase.DONE:
+                continue
+            count = counts[place]
             if count:
-                self._emit(sequence, tokens, result=result, place=place)
+                job = row.job
+                row.add(tokens[place][:count])
+                ran.append((job.number, 0, count))
+                if job.first_token_s is None:
+                    self._note_first_token(job, now_s)
+            if codes[place] or row.phase is Phase.EVICTING:
+                ending.append((row, place))
+            elif count:
+                self._emit(row, tokens[place][:count], result=result, place=place)
+        self.statistics_now.output_tokens += sum([count for _, _, count in ran])
+        if ran:
+            self.order.on(Enact(ran))
+        for row, place in ending:
+            self._leave_slice(row, tokens[place][: counts[place]], result, place, now_s)
+        return len(codes) - codes.count(Code.RUNNING)
+
+    def _note_first_token(self, job: Job, now_s: float) -> None:
+        assert job.admitted_s is not None
+        job.first_token_s = now_s
+        self.statistics_now.request_prefill_time_seconds.observe(now_s - job.admitted_s)
+
+    def _leave_slice(
+        self, row: Sequence, tokens: list[int], result: SliceResult, place: int, now_s: float
+    ) -> None:
+        """Of a row that ended, or that is preempted once its last slice is parsed."""
+        job, code = row.job, Code(int(result.codes[place]))
+        if code is not Code.RUNNING:
+            if code is not Code.ERROR:
+                self.admission.finished(job.request.client, len(row.made))
+            self._emit(row, tokens, result=result, place=place, finish=_REASONS[code])
+            self._end(row, None, event=Finish)
+            if not job.sequences and job.first_token_s is not None:
+                decode_s = now_s - job.first_token_s
+                self.statistics_now.request_decode_time_seconds.observe(decode_s)
             return
-        reason = _REASONS[Code(code)]
-        if reason is not FinishReason.ERROR:
-            self.admission.finished(job.request.client, len(sequence.made))
-        self._emit(sequence, tokens, result=result, place=place, finish=reason)
-        self._end(sequence, None, event=Finish)
-        if not job.sequences and job.first_token_s is not None:
-            statistics.request_decode_time_seconds.observe(now_s - job.first_token_s)
+        if tokens:
+            self._emit(row, tokens, result=result, place=place)
+        if row.last_slice == result.number:
+            self._evict(row)
 
     def _end(
         self,
@@ -312,7 +340,7 @@ class EngineCore:
             sequence.phase = Phase.EVICTING
             if sequence.last_slice not in flying:
                 self._evict(sequence)
-        self.admission.retracted(self._planner.running_rows())
+        self.admission.retracted(self._admitter.running_rows())
 
     def _evict(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -325,15 +353,15 @@ class EngineCore:
             job.running, job.parent = False, None
             self.statistics_now.waiting += 1
             self.statistics_now.waiting_tokens += job.request.prompt.size
-            self.order.on(Preempt(job.number, self._planner.num_cached(job)))
+            self.order.on(Preempt(job.number, self.prefixes.num_cached(job)))
 
     def _release(self, sequence: Sequence) -> None:
         """Give back lease and slot; what was computed and is valid stays findable."""
         if sequence.lease is not None:
-            self._planner.remember(sequence)
+            self.prefixes.remember(sequence)
             self.pool.release(sequence.lease)
             sequence.lease = None
-        self._planner.give_slot(sequence)
+        self._admitter.give_slot(sequence)
 
     def _expire(self, now_s: float) -> None:
         while self._expiries and self._expiries[0][0] <= now_s:
@@ -353,6 +381,10 @@ class EngineCore:
     # Checks and reports.
 
     def _check_fits(self, request: Request, max_output: int) -> None:
+        size = (request.prompt.size, max_output, request.params.n)
+        # Rules are monotone: what is no larger in any way than something that fits fits too.
+        if all(map(operator.le, size, self._fits)):
+            return
         candidate = Candidate(
             num_tokens=request.prompt.size,
             cost_pages=self.pool.pages_for(request.prompt.size),
@@ -360,7 +392,7 @@ class EngineCore:
             num_samples=request.params.n,
             client=request.client,
         )
-        memory = self._planner.memory(self.pool.num_pages, self.slicing.max_steps)
+        memory = self._admitter.memory(self.pool.num_pages, self.slicing.max_steps)
         if not self.admission.admits(candidate, RunningRows(), memory):
             got = f"{request.prompt.size} tokens, {request.params.n} x {max_output} to make"
             tokens = self.pool.num_pages * self.pool.page_size
@@ -369,6 +401,8 @@ class EngineCore:
                 f" {self.config.scheduler.admission!r}"
             )
             raise BadRequest("prompt and max_tokens", got, allowed)
+        if math.prod(size) > math.prod(self._fits):
+            self._fits = size
 
     def _check_queue(self, request: Request, now_s: float) -> None:
         scheduler, now = self.config.scheduler, self.statistics_now
@@ -380,7 +414,7 @@ class EngineCore:
         else:
             return
         self.statistics_now.refused += 1
-        raise QueueFull(what, retry_after_s=self._planner.drain_time_s(now_s))
+        raise QueueFull(what, retry_after_s=self._admitter.drain_time_s(now_s))
 
     def _emit(
         self,
@@ -393,7 +427,8 @@ class EngineCore:
         place: int = 0,
     ) -> None:
         job = sequence.job
-        job.announced = job.announced or bool(tokens)
+        if tokens:
+            job.announced = True
         logprobs: tuple[TokenLogprob, ...] = ()
         if result is not None and result.logprobs is not None:
             logprobs = _logprobs(sequence, tokens, result, place)

@@ -21,7 +21,7 @@ class Code(enum.IntEnum):
     ERROR = 3  # its logits were not finite
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RowStart:
     """A row's sampling state, set when its prompt ends. `max_length` counts prompt and output.
 
@@ -36,7 +36,7 @@ class RowStart:
     made: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Chunk:
     """Prompt tokens [T] int32 that step 0 runs, the first at position `start`."""
 
@@ -44,9 +44,9 @@ class Chunk:
     start: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RowPlan:
-    """One row of a slice.
+    """One row of a slice. Never changed once made; not frozen, which takes three times as long.
 
     `slot` is its place in device state. It may add up to `steps` tokens, and none that would need a
     key or value at or beyond position `cover`: its lease ends there. `pages` is its page-table row.

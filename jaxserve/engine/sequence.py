@@ -1,6 +1,7 @@
 """A request inside the engine, and the sequences (samples) it consists of."""
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,9 +22,10 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample while it runs. `made` are the output tokens the host knows.
+    """One sample while it runs. `made` are the output tokens the host knows, `length` counts them
+    and the prompt, `max_length` the most there may be.
 
-    `target` tokens (prompt, and what was made before a preemption) are to be prefilled; `computed`
+    `length` tokens (prompt, and what was made before a preemption) are to be prefilled; `computed`
     of them are dispatched or cached. `ahead` is the most tokens that slices in flight may add.
     """
 
@@ -39,44 +41,49 @@ class Sequence:
     last_slice: int = 0
     started: bool = False  # the chunk that ends its prompt is dispatched
     step_limit: int = 0  # 0: none; set while a partial stop string is pending
+    length: int = field(init=False)
+    max_length: int = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """Prompt and output tokens the host knows."""
-        return self.job.request.prompt.size + len(self.made)
-
-    @property
-    def max_length(self) -> int:
-        return self.job.request.prompt.size + self.job.max_output
+    def __post_init__(self) -> None:
+        self.length = self.job.request.prompt.size
+        self.max_length = self.length + self.job.max_output
 
     @property
     def remaining(self) -> int:
         """The most tokens it may still make beyond those the host knows."""
         return self.max_length - self.length
 
+    def add(self, tokens: Iterable[int]) -> None:
+        """Output the host has come to know."""
+        self.made.extend(tokens)
+        self.length = self.job.request.prompt.size + len(self.made)
+
+    def keep(self, num_tokens: int) -> None:
+        """Forget all output behind the first `num_tokens`."""
+        del self.made[num_tokens:]
+        self.length = self.job.request.prompt.size + len(self.made)
+
     def tokens(self) -> np.ndarray:
         """Prompt and output so far, int32 [T]."""
-        made = np.asarray(self.made, np.int32)
-        return (
-            np.concatenate([self.job.request.prompt, made])
-            if made.size
-            else (self.job.request.prompt)
-        )
+        prompt = self.job.request.prompt
+        return np.concatenate([prompt, np.array(self.made, np.int32)]) if self.made else prompt
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """An accepted request. `sequences` are its unfinished samples, also while it waits.
 
-    `parent` prefills the shared prompt of several samples, in the slot of the first; they fork from
-    its lease. `announced` means that a token of it was delivered. Times are the core's: of its
-    arrival, of the first slice planned for it, and of its first token.
+    `page_keys` name the pages that its prompt could find cached. `parent` prefills the shared
+    prompt of several samples, in the slot of the first; they fork from its lease. `announced` means
+    that a token of it was delivered. Times are the core's: of its arrival, of the first slice
+    planned for it, and of its first token.
     """
 
     number: int
     request: Request
     max_output: int
     arrived_s: float
+    page_keys: tuple[bytes, ...] = ()
     admitted_s: float | None = None
     first_token_s: float | None = None
     sequences: list[Sequence] = field(default_factory=list)

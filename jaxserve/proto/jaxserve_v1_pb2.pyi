@@ -347,10 +347,14 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., schema: _Optional[str] = ..., configuration: _Optional[_Mapping[str, str]] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., num_devices: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., kv_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., num_programs: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class GetStatisticsRequest(_message.Message):
-    __slots__ = ("per_client",)
+    __slots__ = ("per_client", "client", "most_clients")
     PER_CLIENT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    MOST_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     per_client: bool
-    def __init__(self, per_client: _Optional[bool] = ...) -> None: ...
+    client: str
+    most_clients: int
+    def __init__(self, per_client: _Optional[bool] = ..., client: _Optional[str] = ..., most_clients: _Optional[int] = ...) -> None: ...
 
 class GetStatisticsResponse(_message.Message):
     __slots__ = ("replicas",)
@@ -378,7 +382,7 @@ class ReplicaStatistics(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., values: _Optional[_Mapping[str, float]] = ..., clients: _Optional[_Iterable[_Union[ClientStatistics, _Mapping]]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
 
 class ClientStatistics(_message.Message):
-    __slots__ = ("client", "weight", "service", "service_uncached", "credit", "bound", "num_requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+    __slots__ = ("client", "weight", "service", "service_uncached", "credit", "bound", "num_requests", "prompt_tokens", "cached_tokens", "completion_tokens", "has_credit", "served")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
@@ -389,6 +393,8 @@ class ClientStatistics(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HAS_CREDIT_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     client: str
     weight: float
     service: float
@@ -399,7 +405,19 @@ class ClientStatistics(_message.Message):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    def __init__(self, client: _Optional[str] = ..., weight: _Optional[float] = ..., service: _Optional[float] = ..., service_uncached: _Optional[float] = ..., credit: _Optional[float] = ..., bound: _Optional[float] = ..., num_requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+    has_credit: bool
+    served: ServedTokens
+    def __init__(self, client: _Optional[str] = ..., weight: _Optional[float] = ..., service: _Optional[float] = ..., service_uncached: _Optional[float] = ..., credit: _Optional[float] = ..., bound: _Optional[float] = ..., num_requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., has_credit: _Optional[bool] = ..., served: _Optional[_Union[ServedTokens, _Mapping]] = ...) -> None: ...
+
+class ServedTokens(_message.Message):
+    __slots__ = ("computed", "cached", "output")
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    computed: int
+    cached: int
+    output: int
+    def __init__(self, computed: _Optional[int] = ..., cached: _Optional[int] = ..., output: _Optional[int] = ...) -> None: ...
 
 class GetLoadsRequest(_message.Message):
     __slots__ = ("interval_s",)

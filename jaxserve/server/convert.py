@@ -18,9 +18,11 @@ from jaxserve.proto.convert import (
 )
 from jaxserve.proto.status import FIELD_KEY, RETRY_DELAY_KEY, from_status
 from jaxserve.request import Delta, Request, SamplingParams, TokenLogprob
+from jaxserve.schedulers.service_meter import ClientService
 
 __all__ = [
     "REASON_FROM_PROTO",
+    "client_to_proto",
     "logprob_to_proto",
     "rejection_from_proto",
     "rejection_to_proto",
@@ -110,6 +112,22 @@ def logprob_to_proto(value: TokenLogprob) -> pb.TokenLogprob:
         token_id=value.token,
         logprob=value.logprob,
         top=[pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in value.top],
+    )
+
+
+def client_to_proto(client: ClientService, *, bound: float) -> pb.ClientStatistics:
+    """What an engine says of a client; the front end adds its own counts."""
+    return pb.ClientStatistics(
+        client=client.client,
+        weight=client.weight,
+        service=client.service,
+        service_uncached=client.service_uncached,
+        credit=client.credit or 0.0,
+        has_credit=client.credit is not None,
+        bound=bound,
+        served=pb.ServedTokens(
+            computed=client.computed, cached=client.cached, output=client.output
+        ),
     )
 
 

@@ -9,7 +9,6 @@ to drain is the parent's decision. The parent ends this process by closing its s
 """
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ import grpc
 from jaxserve.clock import MonotonicClock
 from jaxserve.engine.build import build_engine
 from jaxserve.engine.core import Rejection
+from jaxserve.engine.garbage import settle_collector
 from jaxserve.errors import ConfigError
 from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.request import Delta
@@ -136,10 +136,7 @@ async def _serve(
         on_failure=on_failure,
         progress=lambda text: say(Progress(text)),
     )
-    # Tracing leaves 300,000 objects that live on. A collection that walks them stops the dispatch
-    # thread for an eighth of a second (measured), so they are no longer walked.
-    gc.collect()
-    gc.freeze()
+    settle_collector()
     description = describe(driver.info, driver.limits, replica=launch.config.replica)
     service = EngineService(
         driver, description=description, clock=MonotonicClock(), restarts=launch.restarts

@@ -27,7 +27,9 @@ from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.proto.convert import REASON_FROM_PROTO
 from jaxserve.request import Delta, FinishReason, Request
+from jaxserve.server.clients import MOST_CLIENTS
 from jaxserve.server.convert import (
+    client_to_proto,
     rejection_to_proto,
     report_to_proto,
     submit_from_proto,
@@ -240,10 +242,19 @@ class EngineService(pb_grpc.ReplicaServicer):
     async def GetStatistics(
         self, request: pb.GetStatisticsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReplicaStatistics:
-        statistics = await self._ask(lambda core: core.statistics())
+        most = request.most_clients or MOST_CLIENTS
+        statistics, meter, clients = await self._ask(
+            lambda core: (
+                core.statistics(),
+                core.meter.values(),
+                core.meter.clients(most=most, name=request.client) if request.per_client else (),
+            )
+        )
+        bound = meter.get("service_gap_bound_tokens", 0.0)
         return pb.ReplicaStatistics(
             replica=self._description.replica,
-            values=statistics.values(),
+            values={**statistics.values(), **meter},
+            clients=[client_to_proto(client, bound=bound) for client in clients],
             engine_restarts=self._restarts,
         )
 

@@ -155,17 +155,23 @@ async def _start_http(
     port = config.http_port
     if port is None:
         port = 0 if config.port == 0 else grpc_port + 1
-    app = make_app(desk, max_body_bytes=max_bytes, exposition=lambda: _exposition(desk))
+
+    async def exposition() -> tuple[bytes, str]:
+        return await _exposition(desk, names_clients=config.names_clients)
+
+    app = make_app(desk, max_body_bytes=max_bytes, exposition=exposition)
     return await HttpServer.start(app, host=config.host, port=port)
 
 
-async def _exposition(desk: Desk) -> tuple[bytes, str]:
+async def _exposition(desk: Desk, *, names_clients: bool) -> tuple[bytes, str]:
     """The metrics page and its content type; without the engine's part while it is away."""
     replica, name, model = None, "", ""
     with suppress(NotReady, grpc.aio.AioRpcError):
         description = desk.link.description
         name, model = description.replica, description.model.model
-        request = pb.GetStatisticsRequest()
+        request = pb.GetStatisticsRequest(
+            per_client=names_clients, most_clients=metrics.MOST_CLIENTS
+        )
         replica = await desk.link.stub.GetStatistics(request, timeout=STATISTICS_TIMEOUT_S)
     page = metrics.exposition(
         desk.metrics, replica, model_name=model, engine=name, num_live=desk.num_live

@@ -4,7 +4,7 @@ Knows names, labels and Prometheus' text format. Knows no socket: who serves the
 replica for its statistics and calls `exposition`. docs/metrics.md lists every metric.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -25,6 +25,9 @@ from jaxserve.server.request_log import RequestRecord
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 PREFIX: Final = "jaxserve_"
 OK: Final = "OK"
+MOST_CLIENTS: Final = 100
+"""Those with most service; further ones are not shown. A label per name that requests make up would
+be too many, and to sum them up as one would make a counter that goes back."""
 
 REJECTIONS: Final = {
     "INVALID_ARGUMENT": "bad_request",
@@ -85,6 +88,36 @@ _ENGINE_HISTOGRAM_HELP: Final = {
 _ENGINE_GAUGES: Final = {
     "num_requests_running": ("running", "Requests that hold rows."),
     "num_requests_waiting": ("waiting", "Requests in the queue."),
+    "clients_known": (
+        "clients_known",
+        "Clients that are remembered: of the last hour, and at most 1000 without requests.",
+    ),
+    "clients_backlogged": (
+        "clients_backlogged",
+        "Clients with waiting requests whose service is compared.",
+    ),
+    "service_window_seconds": (
+        "service_window_seconds",
+        "Time for which all of these have had waiting requests at every moment.",
+    ),
+    "service_gap_tokens": (
+        "service_gap_tokens",
+        "Most service beyond the least among these in that time, in priced tokens by weight.",
+    ),
+    "service_gap_bound_tokens": (
+        "service_gap_bound_tokens",
+        "What the order promises that the gap never exceeds; missing if it promises nothing.",
+    ),
+    "jain_service": (
+        "jain_service",
+        "Jain's index of that service, 1 is even; missing if fewer than two clients had demand.",
+    ),
+}
+_CLIENT_COUNTER_HELP: Final = {
+    "client_service_tokens": (
+        "Service in priced tokens: all prompt tokens priced, or those alone that were not cached."
+    ),
+    "client_tokens": "Prompt tokens computed, prompt tokens found cached, and output tokens.",
 }
 _ENGINE_COUNTERS: Final = {
     "num_preemptions": ("preemptions", "Times that a request lost its rows to others."),
@@ -107,6 +140,7 @@ _OTHER_HELP: Final = {
     "cache_config_info": "The KV cache's shape, in labels.",
     "engine_restarts": "Engine processes before this one.",
     "compiles": "Programs compiled, at start-up and while serving (there should be none).",
+    "client_deficit": "Priced tokens a client has credit for, below 0 if overdrawn (dlpm alone).",
 }
 
 
@@ -201,6 +235,14 @@ def exposition(
     return generate_latest(registry)
 
 
+def _of_client(name: str, client: pb.ClientStatistics) -> dict[str, float | int]:
+    """A counter of a client by kind."""
+    if name == "client_service_tokens":
+        return {"all": client.service, "uncached": client.service_uncached}
+    served = client.served
+    return {"computed": served.computed, "cached": served.cached, "output": served.output}
+
+
 class _Page(Collector):
     """One page's metrics, in the order of the tables above."""
 
@@ -245,6 +287,23 @@ class _Page(Collector):
         if "compiles_serving" in values:
             compiles = {when: values[f"compiles_{when}"] for when in ("startup", "serving")}
             yield self._labelled_counter("compiles", _OTHER_HELP["compiles"], "when", compiles)
+        yield from self._clients(replica.clients[:MOST_CLIENTS])
+
+    def _clients(self, clients: Sequence[pb.ClientStatistics]) -> Iterator[Metric]:
+        """Names are the clients' own words: the library escapes them."""
+        for name, text in _CLIENT_COUNTER_HELP.items():
+            names = [*self._names, "client", "kind"]
+            family = CounterMetricFamily(PREFIX + name, text, labels=names)
+            for client in clients:
+                for kind, value in _of_client(name, client).items():
+                    family.add_metric([*self._labels, client.client, kind], value)
+            yield family
+        text = _OTHER_HELP["client_deficit"]
+        family = GaugeMetricFamily(PREFIX + "client_deficit", text, labels=[*self._names, "client"])
+        for client in clients:
+            if client.has_credit:
+                family.add_metric([*self._labels, client.client], client.credit)
+        yield family
 
     def _cache(self, values: Mapping[str, float]) -> Iterator[Metric]:
         total, unused = values["pool_total"], values["pool_free"] + values["pool_evictable"]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto.convert import given_sampling
 from jaxserve.proto.status import from_status
 from jaxserve.server.answer import Answer
+from jaxserve.server.clients import ClientCounts
 from jaxserve.server.desk import Desk
 from jaxserve.server.identity import Caller
 from jaxserve.server.intake import Ask
@@ -145,14 +146,19 @@ class JaxserveServicer:
         self, message: pb.GetStatisticsRequest, context: Context
     ) -> pb.GetStatisticsResponse:
         caller = self._caller(context)
+        name = caller.client if self._desk.gate.has_keys else message.client
         with _replica_errors():
-            replica = await self._desk.link.stub.GetStatistics(pb.GetStatisticsRequest())
+            replica = await self._desk.link.stub.GetStatistics(
+                pb.GetStatisticsRequest(
+                    per_client=message.per_client, client=name, most_clients=message.most_clients
+                )
+            )
         if message.per_client:
             everyone = self._desk.ledger.all()
             mine = [self._desk.ledger.of(caller)] if self._desk.gate.has_keys else everyone
-            replica.clients.extend(
-                pb.ClientStatistics(**dataclasses.asdict(counts)) for counts in mine
-            )
+            _add_counts(replica, [counts for counts in mine if name in ("", counts.client)])
+            if message.most_clients:
+                del replica.clients[message.most_clients :]
         return pb.GetStatisticsResponse(replicas=[replica])
 
     async def get_loads(self, message: pb.GetLoadsRequest, context: Context) -> None:
@@ -219,6 +225,17 @@ def _read_ask(message: pb.GenerateRequest) -> Ask:
         cache_salt=message.cache_salt,
         group=message.group,
     )
+
+
+def _add_counts(replica: pb.ReplicaStatistics, counts: Iterable[ClientCounts]) -> None:
+    """Put the front end's counts beside what the engine says of the same clients."""
+    served = {client.client: client for client in replica.clients}
+    for each in counts:
+        message = pb.ClientStatistics(**dataclasses.asdict(each))
+        if each.client in served:
+            served[each.client].MergeFrom(message)
+        else:
+            replica.clients.append(message)
 
 
 @contextmanager

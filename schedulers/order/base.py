@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from sortedcontainers import SortedDict
-
-from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
+from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Takes
+from ..ranking import Ranking
+from .charges import Prices
 
 Key = tuple[int | float, ...]
 """What requests are sorted by, smallest first."""
@@ -35,43 +36,102 @@ class Order(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """The largest of what was seen so far, in tokens; service bounds are made of it.
+
+    `prompt` of one request, `extend` of one admission, `output` of one request, `refund` of one
+    request that stopped before its prompt was run. `rows` counts requests of one client that ran at
+    once; `least_weight` is that of the clients that are compared.
+    """
+
+    prompt: int = 0
+    extend: int = 0
+    output: int = 0
+    refund: int = 0
+    rows: int = 0
+    least_weight: float = 1.0
+
+
+@runtime_checkable
+class FairOrder(Order, Protocol):
+    """An order that charges clients for service, in priced tokens."""
+
+    @property
+    def prices(self) -> Prices: ...
+
+    def charged(self, client: str) -> float:
+        """What a client that has requests was charged so far, less what was given back.
+
+        A prompt counts from its admission on, whenever its charge falls due. Only differences of
+        it mean something, and only while the client has requests.
+        """
+        ...
+
+    def credit(self, client: str) -> float | None:
+        """What the client may still be charged before it has to wait; below 0 it is overdrawn.
+        None for clients that are not known, and in orders that give no credit."""
+        ...
+
+    def service_bound(self, seen: Extremes) -> float | None:
+        """The most that two clients with requests waiting throughout can be charged apart, each by
+        its weight, over any interval so far. None where nothing is promised."""
+        ...
+
+
 class StaticOrder(ABC):
     """An order by a key that is fixed on arrival, so a preempted request takes its old place."""
 
     def __init__(self) -> None:
         self._key: dict[RequestNumber, Key] = {}
-        self._waiting: SortedDict = SortedDict()
-        self._running: SortedDict = SortedDict()
+        self._waiting: Ranking[Key, RequestNumber] = Ranking()
+        self._running: dict[Key, RequestNumber] = {}
+        self._sorted: list[RequestNumber] | None = None  # who runs, until somebody else does
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+        }
 
     @abstractmethod
     def key(self, event: Arrive) -> Key:
         """The sorting key of a request, smallest first."""
 
     def on(self, event: Event) -> None:
-        match event:
-            case Arrive(number=number):
-                key = self._key[number] = (*self.key(event), number)
-                self._waiting[key] = number
-            case Admit(number=number):
-                key = self._key[number]
-                del self._waiting[key]
-                self._running[key] = number
-            case Preempt(number=number):
-                key = self._key[number]
-                del self._running[key]
-                self._waiting[key] = number
-            case Finish(number=number) | Abort(number=number):
-                key = self._key.pop(number)
-                if self._waiting.pop(key, None) is None:
-                    del self._running[key]
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
-        return next(self.waiting(), None)
+        return self._waiting[self._waiting.least()] if self._waiting else None
 
     def waiting(self) -> Iterator[RequestNumber]:
-        return iter(self._waiting.values())
+        return map(self._waiting.__getitem__, self._waiting.ascending())
 
     def running(self) -> list[RequestNumber]:
-        return list(self._running.values())
+        if self._sorted is None:
+            self._sorted = [self._running[key] for key in sorted(self._running)]
+        return list(self._sorted)
+
+    def _arrive(self, event: Arrive) -> None:
+        number = event.number
+        key = self._key[number] = (*self.key(event), number)
+        self._waiting.put(key, number)
+
+    def _admit(self, event: Admit) -> None:
+        key = self._key[event.number]
+        self._running[key] = self._waiting.pop(key)
+        self._sorted = None
+
+    def _preempt(self, event: Preempt) -> None:
+        key = self._key[event.number]
+        self._waiting.put(key, self._running.pop(key))
+        self._sorted = None
+
+    def _end(self, event: Finish | Abort) -> None:
+        key = self._key.pop(event.number)
+        if self._waiting.pop(key, None) is None:
+            del self._running[key]
+            self._sorted = None

@@ -4,6 +4,7 @@ Project rules, papers.md 3.3: a token that is computed again after a preemption 
 again, and what was charged but never run is given back.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
@@ -42,13 +43,11 @@ class _Account:
     """Tokens of one request. `extend` are those that its present admission computes, the last
     `fresh` of which nobody computed before; `ran` of them have been run."""
 
-    num_prompt_tokens: int
     made: int = 0
     paid: int = 0
     extend: int = 0
     fresh: int = 0
     ran: int = 0
-    admitted: bool = False
 
     @property
     def unrun(self) -> int:
@@ -57,23 +56,27 @@ class _Account:
 
 
 class Charges:
-    """The accounts of all requests."""
+    """The accounts of all requests that were admitted, and the prompts of those that were not:
+    what a slice touches stays together in memory."""
 
     def __init__(self, prices: Prices):
         self._prices = prices
         self._accounts: dict[RequestNumber, _Account] = {}
+        self._num_prompt_tokens: dict[RequestNumber, int] = {}
 
     def arrived(self, number: RequestNumber, num_prompt_tokens: int) -> None:
-        self._accounts[number] = _Account(num_prompt_tokens)
+        self._num_prompt_tokens[number] = num_prompt_tokens
 
     def admitted(self, number: RequestNumber, extend: int) -> Bill:
         """`extend` tokens are to be computed; the others are cached."""
-        account, prices = self._accounts[number], self._prices
-        cached = account.num_prompt_tokens + account.made - extend
+        account, prices = self._accounts.get(number), self._prices
+        charge = 0.0
+        if account is None:
+            num_prompt_tokens = self._num_prompt_tokens.pop(number)
+            account = self._accounts[number] = _Account()
+            charge = prices.w_in * prices.price_cached * max(0, num_prompt_tokens - extend)
         known = account.paid + account.made
         account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
-        charge = 0.0 if account.admitted else prices.w_in * prices.price_cached * max(0, cached)
-        account.admitted = True
         if prices.at_enactment:
             return Bill(charge, prices.w_in * account.fresh)
         account.paid += account.fresh
@@ -84,22 +87,22 @@ class Charges:
     ) -> Mapping[Owner, Bill]:
         """Tokens were run: what that is for each owner of some of the requests."""
         accounts, prices = self._accounts, self._prices
-        outputs: dict[Owner, int] = {}
-        prompts: dict[Owner, int] = {}
+        outputs: defaultdict[Owner, int] = defaultdict(int)
+        prompts: defaultdict[Owner, int] = defaultdict(int)
         for number, num_prompt, num_output in ran:
             account, owner = accounts[number], owners[number]
             account.made += num_output
-            outputs[owner] = outputs.get(owner, 0) + num_output
+            outputs[owner] += num_output
             if num_prompt:
                 before = account.unrun
                 account.ran += num_prompt
                 if prices.at_enactment:
                     fresh = before - account.unrun
                     account.paid += fresh
-                    prompts[owner] = prompts.get(owner, 0) + fresh
+                    prompts[owner] += fresh
         bills = {}
         for owner, num_output in outputs.items():
-            charge = prices.w_in * prompts.get(owner, 0)
+            charge = prices.w_in * prompts[owner]
             bills[owner] = Bill(charge + prices.w_out * num_output, -charge)
         return bills
 
@@ -107,6 +110,8 @@ class Charges:
         """A running request was preempted or ended: what was not run is given back."""
         account, prices = self._accounts[number], self._prices
         unrun, account.fresh = account.unrun, 0
+        if not unrun:
+            return NOTHING
         if prices.at_enactment:
             return Bill(0.0, -prices.w_in * unrun)
         account.paid -= unrun
@@ -114,4 +119,5 @@ class Charges:
 
     def forget(self, number: RequestNumber) -> None:
         """The request is over."""
-        del self._accounts[number]
+        if self._accounts.pop(number, None) is None:
+            del self._num_prompt_tokens[number]

@@ -10,7 +10,7 @@ from ..weighted_tree import WeightedTree
 from .lpm import PrefixOrder
 
 
-class DfsWeight(PrefixOrder):
+class DfsWeight(PrefixOrder[WeightedTree]):
     """Requests that share a cached prefix one after the other, so that it is not evicted between
     them; those with more of it first, ties by arrival. Starves whoever shares nothing with others.
     """

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-from sortedcontainers import SortedDict
-
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
 from ..parameters import not_negative, positive
-from ..prefix_tree import Cleared, Removed, Stored
+from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
-from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
+from .base import Extremes
+from .charges import KNOWN_CLIENT_S, NOTHING, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,8 @@ class DlpmParameters:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """`credit` is what is left of its quanta, `held` what planned tokens will be charged.
+    """`credit` is what is left of its quanta, `held` what planned tokens will be charged, `charged`
+    what was, with what is held.
 
     `since` says when its waiting requests came, by number; `key` is where the index has it.
     """
@@ -63,7 +63,8 @@ class _Client:
     credit: float
     last_seen_s: float
     held: float = 0.0
-    since: SortedDict = field(default_factory=SortedDict)
+    charged: float = 0.0
+    since: Ranking[RequestNumber, float] = field(default_factory=Ranking)
     num_running: int = 0
     key: tuple[Any, ...] | None = None
 
@@ -87,61 +88,76 @@ class Dlpm:
 
     def __init__(self, parameters: DlpmParameters | None = None):
         self._parameters = known = parameters or DlpmParameters()
-        self._charges = Charges(
-            Prices(known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted")
+        self.prices = Prices(
+            known.w_in, known.w_out, known.price_cached, known.charge_at == "enacted"
         )
+        self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
         self._tree = WaitingTree()  # a lane per client
-        self._ready: SortedDict = SortedDict()  # key -> client, of those with credit and a queue
+        self._ready: Ranking[Any, _Client] = Ranking()  # those with credit and a queue
+        self._moved: dict[_Client, None] = {}  # who may stand elsewhere now, until somebody asks
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._now_s = 0.0
+        self._takes: Takes = {
+            Enact: self._enact,
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            Tick: self._tick,
+            **self._tree.takes,
+        }
 
     def on(self, event: Event) -> None:
-        self._sorted = None
-        match event:
-            case Enact(ran=ran):
-                for client, bill in self._charges.enacted(ran, self._running).items():
-                    self._charge(client, bill)
-            case Arrive():
-                self._arrive(event)
-            case Admit(number=number, num_extend_tokens=extend):
-                self._admit(number, extend)
-            case Preempt(number=number, num_cached=num_cached):
-                client = self._stop(number)
-                self._queue(client, self._arrivals[number], num_cached)
-            case Finish(number=number) | Abort(number=number):
-                self._end(number)
-            case Tick(now_s=now_s):
-                self._tick(now_s)
-            case Stored() | Removed() | Cleared():
-                for name in self._tree.on(event):
-                    self._place(self._clients[name])
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
+        self._settle()
         if not self._ready:
             self._refill()
-        return self._candidate(self._ready.peekitem(0)[1]) if self._ready else None
+            self._settle()
+        return self._ready.least()[-1] if self._ready else None
 
     def waiting(self) -> Iterator[RequestNumber]:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
+        self._settle()
+        ready = (self._ready[key] for key in self._ready.ascending())
         others = (client for client in self._clients.values() if client.key is None)
-        for client in chain(self._ready.values(), others):
+        for client in chain(ready, others):
             yield from (rank[-1] for rank in self._tree.ranks(client.name))
 
     def running(self) -> list[RequestNumber]:
         """Most credit in front, so that the most overdrawn client gives way first."""
         if self._sorted is None:
             running = self._running
-            self._sorted = sorted(running, key=lambda number: (-running[number].credit, number))
+            self._sorted = sorted(running)
+            self._sorted.sort(key=lambda number: -running[number].credit)
         return list(self._sorted)
 
     def credits(self) -> dict[str, float]:
         """Every known client's credit, in priced tokens."""
         return {client.name: client.credit for client in self._clients.values()}
+
+    def charged(self, client: str) -> float:
+        return self._clients[client].charged
+
+    def credit(self, client: str) -> float | None:
+        known = self._clients.get(client)
+        return None if known is None else known.credit
+
+    def service_bound(self, seen: Extremes) -> float:
+        """2 (Q + U), where U is made of what was seen so far, and what was given back may lift a
+        credit beyond Q. Tokens in flight are charged when they are parsed, and count from then."""
+        prices = self.prices
+        extend = prices.w_in * (seen.extend + prices.price_cached * seen.prompt)
+        overdraft = extend + prices.w_out * seen.rows * seen.output
+        refund = prices.w_in * seen.rows * seen.refund
+        return 2 * (self._parameters.quantum + (overdraft + refund) / seen.least_weight)
 
     # Credit.
 
@@ -163,13 +179,21 @@ class Dlpm:
                 self._place(client)
 
     def _charge(self, client: _Client, bill: Bill) -> None:
-        had_credit = client.free_credit > 0
+        if bill is NOTHING:
+            return
+        had_credit = client.credit > client.held
         client.credit -= bill.charge
         client.held += bill.hold
-        if had_credit is not (client.free_credit > 0):
+        client.charged += bill.charge + bill.hold
+        self._sorted = None
+        if had_credit is not (client.credit > client.held):
             self._place(client)
 
     # Requests.
+
+    def _enact(self, event: Enact) -> None:
+        for client, bill in self._charges.enacted(event.ran, self._running).items():
+            self._charge(client, bill)
 
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
@@ -178,32 +202,40 @@ class Dlpm:
             credit = quantum if self._parameters.new_client_credit == "quantum" else 0.0
             client = _Client(event.client, quantum, credit, event.arrived_s)
             self._clients[client.name] = client
-        client.quantum = quantum  # a key's weight may have changed
+        if quantum != client.quantum:  # a key's weight may have changed
+            client.quantum, client.credit = quantum, min(client.credit, quantum)
         self._arrivals[event.number] = event
         self._charges.arrived(event.number, event.num_prompt_tokens)
         self._queue(client, event, event.num_cached)
 
     def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:
         self._tree.add((event.number,), event.page_keys, num_cached, lane=client.name)
-        client.since[event.number] = event.arrived_s
+        client.since.put(event.number, event.arrived_s)
         self._place(client)
 
-    def _admit(self, number: RequestNumber, extend: int) -> None:
+    def _admit(self, event: Admit) -> None:
+        number = event.number
         client = self._clients[self._arrivals[number].client]
         self._tree.remove((number,))
         del client.since[number]
         client.num_running += 1
         self._running[number] = client
-        self._charge(client, self._charges.admitted(number, extend))
+        self._charge(client, self._charges.admitted(number, event.num_extend_tokens))
         self._place(client)
 
     def _stop(self, number: RequestNumber) -> _Client:
         client = self._running.pop(number)
         client.num_running -= 1
+        self._sorted = None
         self._charge(client, self._charges.stopped(number))
         return client
 
-    def _end(self, number: RequestNumber) -> None:
+    def _preempt(self, event: Preempt) -> None:
+        client = self._stop(event.number)
+        self._queue(client, self._arrivals[event.number], event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        number = event.number
         if number in self._running:
             client = self._stop(number)
         else:
@@ -215,8 +247,8 @@ class Dlpm:
         del self._arrivals[number]
         self._charges.forget(number)
 
-    def _tick(self, now_s: float) -> None:
-        self._now_s = now_s
+    def _tick(self, event: Tick) -> None:
+        now_s = self._now_s = event.now_s
         if self._parameters.client_age_limit_s:
             for client in self._clients.values():
                 self._place(client)
@@ -229,27 +261,31 @@ class Dlpm:
 
     # The index.
 
-    def _candidate(self, client: _Client) -> RequestNumber:
-        """The client's next request."""
+    def _next_key(self, client: _Client) -> tuple[Any, ...]:
+        """How the client's next request stands, whose number comes last."""
         limit_s = self._parameters.client_age_limit_s
         if limit_s:
-            oldest: Any = client.since.peekitem(0)
-            number, since_s = oldest
-            if self._now_s - since_s > limit_s:
-                return number
-        first = self._tree.first(client.name)
-        assert first is not None
-        return first[-1]
+            oldest = client.since.least()
+            if self._now_s - client.since[oldest] > limit_s:
+                return longest_match(self._tree.match((oldest,)), (oldest,))
+        return self._tree.first_key(client.name)
 
     def _place(self, client: _Client) -> None:
-        """Bring the index up to date about a client."""
-        key = None
-        if client.since and client.free_credit > 0:
-            rank = (self._candidate(client),)
-            key = longest_match(self._tree.match(rank), rank)
-        if key != client.key:
-            if client.key is not None:
-                del self._ready[client.key]
-            if key is not None:
-                self._ready[key] = client
-            client.key = key
+        """The client may stand elsewhere now."""
+        self._moved[client] = None
+
+    def _settle(self) -> None:
+        """Bring the index up to date, once for all that happened since it was."""
+        for name in self._tree.changed_lanes():
+            if name in self._clients:
+                self._moved[self._clients[name]] = None
+        for client in self._moved:
+            has_place = client.since and client.credit > client.held
+            key = self._next_key(client) if has_place else None
+            if key != client.key:
+                if client.key is not None:
+                    del self._ready[client.key]
+                if key is not None:
+                    self._ready.put(key, client)
+                client.key = key
+        self._moved.clear()

@@ -9,7 +9,7 @@ not hear how much is free.
 from dataclasses import dataclass
 from typing import Literal
 
-from ..events import Arrive, Event, Tick
+from ..events import Arrive, Enact, Tick
 from ..parameters import positive
 from .response_ratio import ResponseRatio
 
@@ -43,7 +43,7 @@ class Larry(ResponseRatio):
             return super().came(event)
         return event.arrived_s * self._parameters.prefill_rate
 
-    def clock_after(self, event: Event) -> float:
+    def clock_after(self, event: Enact | Tick) -> float:
         if self._parameters.clock == "tokens":
             return super().clock_after(event)
         rate = self._parameters.prefill_rate

@@ -6,49 +6,42 @@ does not fall back to arrival order: the tree of waiting prompts makes a change 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
-from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber
-from ..prefix_tree import Cleared, Removed, Stored
+from ..events import Abort, Admit, Arrive, Event, Finish, Preempt, RequestNumber, Takes
 from ..waiting_tree import Rank, WaitingTree
+from ..weighted_tree import WeightedTree
+
+SomeTree = TypeVar("SomeTree", WaitingTree, WeightedTree)
 
 
-class PrefixOrder(ABC):
+class PrefixOrder(ABC, Generic[SomeTree]):
     """Base of orders by what of each prompt is cached; running requests stand by arrival.
 
     `tree` says how a match weighs against a rank, `rank` how requests with one match stand.
     """
 
-    def __init__(self, tree: WaitingTree):
+    def __init__(self, tree: SomeTree):
         self._tree = tree
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, None] = {}
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            **tree.takes,
+        }
 
     @abstractmethod
     def rank(self, event: Arrive) -> Rank:
         """Smallest first; the last part is the request's number."""
 
     def on(self, event: Event) -> None:
-        match event:
-            case Arrive():
-                self._arrivals[event.number] = event
-                self._tree.add(self.rank(event), event.page_keys, event.num_cached)
-            case Admit(number=number):
-                self._tree.remove(self.rank(self._arrivals[number]))
-                self._running[number] = None
-            case Preempt(number=number, num_cached=num_cached):
-                arrival = self._arrivals[number]
-                del self._running[number]
-                self._tree.add(self.rank(arrival), arrival.page_keys, num_cached)
-            case Finish(number=number) | Abort(number=number):
-                arrival = self._arrivals.pop(number)
-                if number in self._running:
-                    del self._running[number]
-                else:
-                    self._tree.remove(self.rank(arrival))
-            case Stored() | Removed() | Cleared():
-                self._tree.on(event)
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
         rank = self._tree.first()
@@ -61,8 +54,28 @@ class PrefixOrder(ABC):
     def running(self) -> list[RequestNumber]:
         return sorted(self._running)
 
+    def _arrive(self, event: Arrive) -> None:
+        self._arrivals[event.number] = event
+        self._tree.add(self.rank(event), event.page_keys, event.num_cached)
 
-class Lpm(PrefixOrder):
+    def _admit(self, event: Admit) -> None:
+        self._tree.remove(self.rank(self._arrivals[event.number]))
+        self._running[event.number] = None
+
+    def _preempt(self, event: Preempt) -> None:
+        arrival = self._arrivals[event.number]
+        del self._running[event.number]
+        self._tree.add(self.rank(arrival), arrival.page_keys, event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        arrival = self._arrivals.pop(event.number)
+        if event.number in self._running:
+            del self._running[event.number]
+        else:
+            self._tree.remove(self.rank(arrival))
+
+
+class Lpm(PrefixOrder[WaitingTree]):
     """Longest match first, ties by arrival. Starves whoever shares nothing with the others."""
 
     def __init__(self) -> None:

@@ -2,46 +2,56 @@
 
 The ratio is 1 + waited / uncached. Both are in prompt tokens: what the engine computed, or could
 have computed, since the request came; and what it has to compute for it. It changes for everybody
-at any time, so nothing is kept sorted: columns are, one number each per waiting request, and
-numpy looks for the largest. Knows prompts, pages, and a clock of computed prompt tokens, for which
-a subclass may put another.
+whenever the clock moves, so nothing is kept sorted: columns are, one number each per waiting
+request, and after a move of the clock numpy looks for the largest ratios, many at once. Until the
+clock moves again the others stay behind these, and only who comes or finds another match is looked
+at. Knows prompts, pages, and a clock of computed prompt tokens, for which a subclass may put
+another.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber
-from ..prefix_tree import Cleared, Removed, Stored
-from ..waiting_tree import Rank, WaitingTree
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
+from ..prompt_tree import Home, Node, PromptTree
+from ..ranking import Ranking
 
 FIRST_SIZE: Final = 64
+
+Key = tuple[float, RequestNumber]
+"""How a request stands: its ratio, negated, and its number, which grows with arrival."""
+
+NOBODY: Final = (-math.inf, -1)
+EVERYBODY: Final = (math.inf, 0)
 
 
 @dataclass(slots=True)
 class _Request:
     """`came` is the clock at its arrival; `made` are output tokens, which count as prompt once it
-    was preempted; `extend` is what its present admission computes."""
+    was preempted."""
 
     came: float
     num_prompt_tokens: int
     page_keys: tuple[bytes, ...]
     made: int = 0
-    extend: int = 0
 
 
-class _Columns:
-    """Waiting requests in rows without gaps: [N] number, clock on arrival, tokens, uncached."""
+class _Rows:
+    """Requests in rows without gaps: [N] number, clock on arrival, tokens, and the home's place."""
 
     def __init__(self) -> None:
-        self._row_of: dict[RequestNumber, int] = {}
+        self.row_of: dict[RequestNumber, int] = {}
         self._numbers = np.zeros(FIRST_SIZE, np.int64)
-        self._values = np.zeros((3, FIRST_SIZE))  # came, tokens, uncached
+        self._came = np.zeros(FIRST_SIZE)
+        self._tokens = np.zeros(FIRST_SIZE)
+        self._places = np.zeros(FIRST_SIZE, np.intp)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self.row_of)
 
     @property
     def numbers(self) -> np.ndarray:
@@ -49,33 +59,260 @@ class _Columns:
 
     @property
     def came(self) -> np.ndarray:
-        return self._values[0, : len(self)]
+        return self._came[: len(self)]
 
     @property
-    def uncached(self) -> np.ndarray:
-        return self._values[2, : len(self)]
+    def tokens(self) -> np.ndarray:
+        return self._tokens[: len(self)]
 
-    def add(self, number: RequestNumber, came: float, tokens: int, cached: int) -> None:
+    @property
+    def places(self) -> np.ndarray:
+        return self._places[: len(self)]
+
+    def add(self, number: RequestNumber, came: float, tokens: int) -> None:
         row = len(self)
         if row == len(self._numbers):
-            self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
-            self._values = np.concatenate([self._values, np.zeros_like(self._values)], axis=1)
-        self._row_of[number] = row
-        self._numbers[row] = number
-        self._values[:, row] = came, tokens, tokens - cached
+            self._numbers, self._came = _doubled(self._numbers), _doubled(self._came)
+            self._tokens, self._places = _doubled(self._tokens), _doubled(self._places)
+        self.row_of[number] = row
+        self._numbers[row], self._came[row], self._tokens[row] = number, came, tokens
 
     def remove(self, number: RequestNumber) -> None:
         """The last row takes its place."""
-        row, last = self._row_of.pop(number), len(self)
+        row, last = self.row_of.pop(number), len(self)
         if row != last:
-            moved = self._numbers[row] = self._numbers[last]
-            self._values[:, row] = self._values[:, last]
-            self._row_of[int(moved)] = row
+            for column in (self._numbers, self._came, self._tokens, self._places):
+                column[row] = column[last]
+            self.row_of[int(self._numbers[row])] = row
 
-    def set_cached(self, numbers: list[RequestNumber], cached: int) -> None:
-        """All of `numbers` find `cached` tokens cached."""
-        rows = [self._row_of[number] for number in numbers]
-        self._values[2, rows] = self._values[1, rows] - cached
+
+class _Home(Home):
+    """Requests whose rows have the number `place`."""
+
+    __slots__ = ("place",)
+    place: int
+
+
+class _Matches(PromptTree[_Home]):
+    """How many tokens of each waiting prompt are cached: `cached[rows.places]`.
+
+    A row has the place of its home, so that a change of the cache writes a number per home.
+    """
+
+    def __init__(self, rows: _Rows, page_size: int):
+        self._rows, self._page_size = rows, page_size
+        self.cached = np.zeros(FIRST_SIZE)
+        self._free = list(range(FIRST_SIZE))
+        self.changed: set[int] = set()  # places of homes whose match may have
+        super().__init__()
+
+    def changed_rows(self) -> np.ndarray:
+        """Rows of requests that live in a changed home; then none counts as changed."""
+        is_changed = np.zeros(len(self.cached), bool)
+        is_changed[list(self.changed)] = True
+        self.changed.clear()
+        return np.flatnonzero(is_changed[self._rows.places])
+
+    def _make_home(self, node: Node, above: _Home | None) -> _Home:
+        home = _Home(node, above)
+        if not self._free:
+            self._free = list(range(len(self.cached), 2 * len(self.cached)))
+            self.cached = _doubled(self.cached)
+        home.place = self._free.pop()
+        self.cached[home.place] = home.match * self._page_size
+        return home
+
+    def _unmake_home(self, home: _Home) -> None:
+        self._free.append(home.place)
+
+    def _enter(self, home: _Home, rank: RequestNumber, lane: str) -> None:
+        self._rows.places[self._rows.row_of[rank]] = home.place
+
+    def _leave(self, home: _Home, rank: RequestNumber, lane: str) -> None:
+        pass  # its row goes, or gets another place
+
+    def _rematched(self, home: _Home, before: int) -> None:
+        self.cached[home.place] = home.match * self._page_size
+        self.changed.add(home.place)
+
+
+class ResponseRatio:
+    """Base of orders by response ratio, largest first, ties by arrival.
+
+    Waiting starts at arrival, also for preempted requests, so that these do not fall back. Running
+    requests stand by the same ratio, the uncached tokens being those that their admission found.
+    """
+
+    num_chosen: ClassVar[int] = 64
+    """How many with the largest ratios are looked for at once."""
+
+    def __init__(self, *, page_size: int):
+        self._page_size = page_size
+        self._waiting, self._running = _Rows(), _Rows()
+        self._matches = _Matches(self._waiting, page_size)
+        self._requests: dict[RequestNumber, _Request] = {}
+        self._clock = 0.0
+        # Those of `_chosen` wait, and all others who wait stand behind `_last`.
+        self._chosen: Ranking[Key, RequestNumber] = Ranking()
+        self._key_of: dict[RequestNumber, Key] = {}
+        self._last: Key = NOBODY
+        self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Enact: self._enact,
+            Tick: self._tick,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            **self._matches.takes,
+        }
+
+    def came(self, event: Arrive) -> float:
+        """The clock at a request's arrival, in tokens."""
+        return self._clock
+
+    def clock_after(self, event: Enact | Tick) -> float:
+        """The clock once `event` has happened, in tokens; it never goes back."""
+        if isinstance(event, Tick):
+            return self._clock
+        return self._clock + sum([num_prompt for _, num_prompt, _ in event.ran])
+
+    def on(self, event: Event) -> None:
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
+
+    def next(self) -> RequestNumber | None:
+        self._settle()
+        return self._chosen.least()[1] if self._chosen else None
+
+    def waiting(self) -> Iterator[RequestNumber]:
+        self._settle()
+        for _, number in self._chosen.ascending():
+            yield number
+        if len(self._chosen) < len(self._waiting):
+            for number in _sorted(self._waiting.numbers, self._waiting_ratios()):
+                if number not in self._key_of:
+                    yield number
+
+    def running(self) -> list[RequestNumber]:
+        """Largest ratio in front, so that the smallest gives way first."""
+        if self._sorted is None:
+            rows = self._running
+            self._sorted = _sorted(rows.numbers, _ratios(self._clock - rows.came, rows.tokens))
+        return list(self._sorted)
+
+    def ratios(self) -> dict[RequestNumber, float]:
+        """The response ratio of every waiting request."""
+        ratios = (1 + self._waiting_ratios()).tolist()
+        return dict(zip(self._waiting.numbers.tolist(), ratios, strict=True))
+
+    def _waiting_ratios(self) -> np.ndarray:
+        rows = self._waiting
+        uncached = rows.tokens - self._matches.cached[rows.places]
+        return _ratios(self._clock - rows.came, uncached)
+
+    # Requests.
+
+    def _arrive(self, event: Arrive) -> None:
+        request = _Request(self.came(event), event.num_prompt_tokens, event.page_keys)
+        self._requests[event.number] = request
+        self._queue(event.number, request, event.num_cached)
+
+    def _admit(self, event: Admit) -> None:
+        number = event.number
+        self._leave(number)
+        self._running.add(number, self._requests[number].came, event.num_extend_tokens)
+        self._sorted = None
+
+    def _enact(self, event: Enact) -> None:
+        self._set_clock(self.clock_after(event))
+        requests = self._requests
+        for number, _, num_output in event.ran:
+            requests[number].made += num_output
+
+    def _tick(self, event: Tick) -> None:
+        self._set_clock(self.clock_after(event))
+
+    def _preempt(self, event: Preempt) -> None:
+        self._stop(event.number)
+        self._queue(event.number, self._requests[event.number], event.num_cached)
+
+    def _end(self, event: Finish | Abort) -> None:
+        number = event.number
+        if number in self._running.row_of:
+            self._stop(number)
+        else:
+            self._leave(number)
+        del self._requests[number]
+
+    def _queue(self, number: RequestNumber, request: _Request, num_cached: int) -> None:
+        self._waiting.add(number, request.came, request.num_prompt_tokens + request.made)
+        self._matches.add(number, request.page_keys, num_cached)
+        self._place(number)
+
+    def _leave(self, number: RequestNumber) -> None:
+        self._matches.remove(number)
+        self._waiting.remove(number)
+        self._drop(number)
+
+    def _stop(self, number: RequestNumber) -> None:
+        self._running.remove(number)
+        self._sorted = None
+
+    def _set_clock(self, clock: float) -> None:
+        if clock != self._clock:
+            self._clock = clock
+            self._sorted = None
+            self._forget()
+
+    # Who goes first.
+
+    def _settle(self) -> None:
+        """Have the first one chosen, if anybody waits."""
+        if self._matches.changed:
+            self._place_anew()
+        if not self._chosen:
+            self._choose()
+
+    def _place_anew(self) -> None:
+        rows = self._matches.changed_rows()
+        if len(rows) > self.num_chosen:
+            self._forget()
+            return
+        for number in self._waiting.numbers[rows].tolist():
+            self._drop(number)
+            self._place(number)
+
+    def _choose(self) -> None:
+        numbers, ratios, most = self._waiting.numbers, self._waiting_ratios(), self.num_chosen
+        if len(numbers) > most:
+            chosen = _largest(numbers, ratios, most)
+            numbers, ratios = numbers[chosen], ratios[chosen]
+        keys = sorted(zip((-ratios).tolist(), numbers.tolist(), strict=True))
+        self._key_of = {key[1]: key for key in keys}
+        self._chosen = Ranking.of({key: key[1] for key in keys})
+        self._last = keys[-1] if len(keys) < len(self._waiting) else EVERYBODY
+
+    def _place(self, number: RequestNumber) -> None:
+        """Let a request stand among the chosen, unless it is behind them."""
+        request = self._requests[number]
+        tokens = request.num_prompt_tokens + request.made
+        uncached = tokens - self._matches.match(number) * self._page_size
+        waited = max(0.0, self._clock - request.came)
+        key = (-waited / uncached if uncached > 0 else -math.inf, number)
+        if key <= self._last:
+            self._key_of[number] = key
+            self._chosen.put(key, number)
+
+    def _drop(self, number: RequestNumber) -> None:
+        key = self._key_of.pop(number, None)
+        if key is not None:
+            del self._chosen[key]
+
+    def _forget(self) -> None:
+        self._chosen, self._key_of, self._last = Ranking(), {}, NOBODY
 
 
 def _ratios(waited: np.ndarray, uncached: np.ndarray) -> np.ndarray:
@@ -88,96 +325,19 @@ def _ratios(waited: np.ndarray, uncached: np.ndarray) -> np.ndarray:
     return ratios
 
 
-class ResponseRatio:
-    """Base of orders by response ratio, largest first, ties by arrival.
+def _largest(numbers: np.ndarray, ratios: np.ndarray, most: int) -> np.ndarray:
+    """Where the `most` largest ratios are, the smallest numbers of equal ones; `most` < N."""
+    least = np.partition(ratios, -most)[-most]
+    larger, equal = np.flatnonzero(ratios > least), np.flatnonzero(ratios == least)
+    left = most - len(larger)
+    if left < len(equal):
+        equal = equal[np.argpartition(numbers[equal], left)[:left]]
+    return np.concatenate([larger, equal])
 
-    Waiting starts at arrival, also for preempted requests, so that these do not fall back. Running
-    requests stand by the same ratio, the uncached tokens being those that their admission found.
-    """
 
-    def __init__(self, *, page_size: int):
-        self._page_size = page_size
-        self._tree = WaitingTree(on_match=self._matched)
-        self._columns = _Columns()
-        self._requests: dict[RequestNumber, _Request] = {}
-        self._running: dict[RequestNumber, _Request] = {}
-        self._clock = 0.0
+def _sorted(numbers: np.ndarray, ratios: np.ndarray) -> list[RequestNumber]:
+    return numbers[np.lexsort((numbers, -ratios))].tolist()
 
-    def came(self, event: Arrive) -> float:
-        """The clock at a request's arrival, in tokens."""
-        return self._clock
 
-    def clock_after(self, event: Event) -> float:
-        """The clock once `event` has happened, in tokens; it never goes back."""
-        if not isinstance(event, Enact):
-            return self._clock
-        return self._clock + sum(num_prompt for _, num_prompt, _ in event.ran)
-
-    def on(self, event: Event) -> None:
-        self._clock = self.clock_after(event)
-        match event:
-            case Enact(ran=ran):
-                for number, _, num_output in ran:
-                    self._requests[number].made += num_output
-            case Arrive(number=number):
-                request = _Request(self.came(event), event.num_prompt_tokens, event.page_keys)
-                self._requests[number] = request
-                self._queue(number, request, event.num_cached)
-            case Admit(number=number, num_extend_tokens=extend):
-                self._leave(number)
-                request = self._running[number] = self._requests[number]
-                request.extend = extend
-            case Preempt(number=number, num_cached=num_cached):
-                self._queue(number, self._running.pop(number), num_cached)
-            case Finish(number=number) | Abort(number=number):
-                del self._requests[number]
-                if self._running.pop(number, None) is None:
-                    self._leave(number)
-            case Stored() | Removed() | Cleared():
-                self._tree.on(event)
-            case _:
-                pass
-
-    def next(self) -> RequestNumber | None:
-        if not len(self._columns):
-            return None
-        ratios = self._waiting_ratios()
-        # Numbers grow with arrival.
-        return int(self._columns.numbers[ratios == ratios.max()].min())
-
-    def waiting(self) -> Iterator[RequestNumber]:
-        first = self.next()
-        if first is None:
-            return
-        yield first  # mostly all that is asked for, and cheaper than sorting
-        by_ratio = np.lexsort((self._columns.numbers, -self._waiting_ratios()))
-        yield from self._columns.numbers[by_ratio[1:]].tolist()
-
-    def running(self) -> list[RequestNumber]:
-        """Largest ratio in front, so that the smallest gives way first."""
-        ratios = _ratios(
-            np.array([self._clock - request.came for request in self._running.values()]),
-            np.array([request.extend for request in self._running.values()]),
-        )
-        stand = zip((-ratios).tolist(), self._running, strict=True)
-        return [number for _, number in sorted(stand)]
-
-    def ratios(self) -> dict[RequestNumber, float]:
-        """The response ratio of every waiting request."""
-        ratios = (1 + self._waiting_ratios()).tolist()
-        return dict(zip(self._columns.numbers.tolist(), ratios, strict=True))
-
-    def _waiting_ratios(self) -> np.ndarray:
-        return _ratios(self._clock - self._columns.came, self._columns.uncached)
-
-    def _queue(self, number: RequestNumber, request: _Request, num_cached: int) -> None:
-        tokens = request.num_prompt_tokens + request.made
-        self._columns.add(number, request.came, tokens, num_cached * self._page_size)
-        self._tree.add((number,), request.page_keys, num_cached)
-
-    def _leave(self, number: RequestNumber) -> None:
-        self._tree.remove((number,))
-        self._columns.remove(number)
-
-    def _matched(self, ranks: list[Rank], match: int) -> None:
-        self._columns.set_cached([number for (number,) in ranks], match * self._page_size)
+def _doubled(column: np.ndarray) -> np.ndarray:
+    return np.concatenate([column, np.zeros_like(column)])

@@ -8,7 +8,7 @@ from ..waiting_tree import Rank, WaitingTree
 from .lpm import PrefixOrder
 
 
-class ShortestPrefillFirst(PrefixOrder):
+class ShortestPrefillFirst(PrefixOrder[WaitingTree]):
     """Fewest uncached prompt tokens first, ties by arrival. Long prompts starve under load."""
 
     def __init__(self, *, page_size: int):

@@ -8,16 +8,17 @@ twice. The lift on an idle system comes from a re-implementation, so it is a swi
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sortedcontainers import SortedDict, SortedList
-
-from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
+from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
 from ..parameters import not_negative
+from ..ranking import Ranking
+from .base import Extremes
 from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
 
 
 @dataclass(frozen=True, slots=True)
 class VtcParameters:
-    """Prices per token. `idle_lift`: who finds the system idle starts level with who left last."""
+    """Prices per token. `idle_lift`: who finds the queue empty starts level with who left it last;
+    without, whoever ran alone for long would have to wait until a newcomer got as much."""
 
     w_in: float = 1.0
     w_out: float = 2.0
@@ -31,12 +32,14 @@ class VtcParameters:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """`counter` is the service charged so far, by weight; `waiting` its queue, by arrival."""
+    """`counter` is the service charged so far, by weight, and what it was lifted by; `charged` is
+    the charges alone, not by weight. `waiting` is its queue, by arrival."""
 
     name: str
     weight: float
     counter: float = 0.0
-    waiting: SortedList = field(default_factory=SortedList)
+    charged: float = 0.0
+    waiting: Ranking[RequestNumber, None] = field(default_factory=Ranking)
     num_requests: int = 0
     last_seen_s: float = 0.0
 
@@ -50,62 +53,77 @@ class Vtc:
 
     def __init__(self, parameters: VtcParameters | None = None):
         self._parameters = parameters or VtcParameters()
-        prices = self._parameters
-        self._charges = Charges(Prices(prices.w_in, prices.w_out, prices.price_cached))
+        known = self._parameters
+        self.prices = Prices(known.w_in, known.w_out, known.price_cached)
+        self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
-        self._queued: SortedDict = SortedDict()  # (counter, name) -> client, of those with a queue
+        # By counter and name, those with a queue.
+        self._queued: Ranking[tuple[float, str], _Client] = Ranking()
         self._arrivals: dict[RequestNumber, Arrive] = {}
         self._running: dict[RequestNumber, _Client] = {}
         self._sorted: list[RequestNumber] | None = None  # who runs, until something happens
         self._last_left: _Client | None = None  # the queue
         self._now_s = 0.0
+        self._takes: Takes = {
+            Arrive: self._arrive,
+            Admit: self._admit,
+            Enact: self._enact,
+            Preempt: self._preempt,
+            Finish: self._end,
+            Abort: self._end,
+            Tick: self._tick,
+        }
 
     def on(self, event: Event) -> None:
-        self._sorted = None
-        match event:
-            case Arrive():
-                self._arrive(event)
-            case Admit(number=number, num_extend_tokens=extend):
-                client = self._clients[self._arrivals[number].client]
-                self._leave(client, number)
-                self._running[number] = client
-                self._charge(client, self._charges.admitted(number, extend))
-            case Enact(ran=ran):
-                for client, bill in self._charges.enacted(ran, self._running).items():
-                    self._charge(client, bill)
-            case Preempt(number=number):
-                client = self._running.pop(number)
-                self._charge(client, self._charges.stopped(number))
-                self._join(client, number)
-            case Finish(number=number) | Abort(number=number):
-                self._end(number)
-            case Tick(now_s=now_s):
-                self._tick(now_s)
-            case _:
-                pass
+        take = self._takes.get(type(event))
+        if take is not None:
+            take(event)
 
     def next(self) -> RequestNumber | None:
         if not self._queued:
             return None
-        return self._queued.peekitem(0)[1].waiting[0]
+        return self._queued[self._queued.least()].waiting.least()
 
     def waiting(self) -> Iterator[RequestNumber]:
-        for client in self._queued.values():
-            yield from client.waiting
+        for key in self._queued.ascending():
+            yield from self._queued[key].waiting.ascending()
 
     def running(self) -> list[RequestNumber]:
         """Who is charged least in front, so that the most overdrawn client gives way first."""
         if self._sorted is None:
             running = self._running
-            self._sorted = sorted(running, key=lambda number: (running[number].counter, number))
+            self._sorted = sorted(running)
+            self._sorted.sort(key=lambda number: running[number].counter)
         return list(self._sorted)
 
     def counters(self) -> dict[str, float]:
         """What every remembered client was charged, by weight."""
         return {client.name: client.counter for client in self._clients.values()}
 
-    def _tick(self, now_s: float) -> None:
-        self._now_s = now_s
+    def charged(self, client: str) -> float:
+        return self._clients[client].charged
+
+    def credit(self, client: str) -> None:
+        return None
+
+    def service_bound(self, seen: Extremes) -> float | None:
+        """2 U with U = w_in * longest prompt + w_out * rows of a client * longest output, of what
+        was seen so far, and beyond that what was given back. None without `idle_lift`.
+
+        Who has the least counter is admitted, and is ahead by that prompt and by what its rows
+        make before all end, at most. The published max(w_in * prompt, w_out * tokens of a batch)
+        may be less than that, where prompts cost more than outputs.
+        """
+        if not self._parameters.idle_lift:
+            return None
+        prices = self.prices
+        prompt = prices.w_in * max(1.0, prices.price_cached) * seen.prompt
+        output = prices.w_out * seen.rows * seen.output
+        refund = prices.w_in * seen.rows * seen.refund
+        return 2 * (prompt + output + refund) / seen.least_weight
+
+    def _tick(self, event: Tick) -> None:
+        now_s = self._now_s = event.now_s
         oldest = next(iter(self._clients.values()), None)
         if oldest is not None and not oldest.num_requests:
             # One a tick, in turn: cheap, and soon enough.
@@ -125,18 +143,41 @@ class Vtc:
             self._lift(client)
         self._join(client, event.number)
 
+    def _admit(self, event: Admit) -> None:
+        number = event.number
+        client = self._clients[self._arrivals[number].client]
+        self._leave(client, number)
+        self._running[number] = client
+        self._sorted = None
+        self._charge(client, self._charges.admitted(number, event.num_extend_tokens))
+
+    def _enact(self, event: Enact) -> None:
+        for client, bill in self._charges.enacted(event.ran, self._running).items():
+            self._charge(client, bill)
+
+    def _preempt(self, event: Preempt) -> None:
+        client = self._stop(event.number)
+        self._join(client, event.number)
+
+    def _stop(self, number: RequestNumber) -> _Client:
+        client = self._running.pop(number)
+        self._sorted = None
+        self._charge(client, self._charges.stopped(number))
+        return client
+
     def _lift(self, client: _Client) -> None:
         if self._queued:
-            client.counter = max(client.counter, self._queued.peekitem(0)[1].counter)
-        elif self._parameters.idle_lift and not self._running and self._last_left is not None:
+            client.counter = max(client.counter, self._queued.least()[0])
+        elif self._parameters.idle_lift and self._last_left is not None:
             client.counter = max(client.counter, self._last_left.counter)
 
     def _join(self, client: _Client, number: RequestNumber) -> None:
-        client.waiting.add(number)
-        self._queued[client.counter, client.name] = client
+        if not client.waiting:
+            self._queued.put((client.counter, client.name), client)
+        client.waiting.put(number, None)
 
     def _leave(self, client: _Client, number: RequestNumber) -> None:
-        client.waiting.remove(number)
+        del client.waiting[number]
         if not client.waiting:
             del self._queued[client.counter, client.name]
             self._last_left = client
@@ -144,17 +185,19 @@ class Vtc:
     def _charge(self, client: _Client, bill: Bill) -> None:
         if not bill.charge:
             return
+        self._sorted = None
         if client.waiting:
             del self._queued[client.counter, client.name]
+        client.charged += bill.charge
         client.counter += bill.charge / client.weight
         if client.waiting:
-            self._queued[client.counter, client.name] = client
+            self._queued.put((client.counter, client.name), client)
 
-    def _end(self, number: RequestNumber) -> None:
+    def _end(self, event: Finish | Abort) -> None:
+        number = event.number
         client = self._clients[self._arrivals.pop(number).client]
         if number in self._running:
-            del self._running[number]
-            self._charge(client, self._charges.stopped(number))
+            self._stop(number)
         else:
             self._leave(client, number)
         self._charges.forget(number)
@@ -162,5 +205,5 @@ class Vtc:
         client.last_seen_s = self._now_s
         # One that the lift would bring to where the others are need not be remembered.
         if not client.num_requests and self._queued:
-            if client.counter <= self._queued.peekitem(0)[1].counter:
+            if client.counter <= self._queued.least()[0]:
                 del self._clients[client.name]

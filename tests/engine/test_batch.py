@@ -42,9 +42,9 @@ def test_rows_go_longest_first_and_chunks_fill_tiles() -> None:
     assert records[:2, FIELD["kind"]].tolist() == [IDLE, START]
     assert records[2:, FIELD["slot"]].tolist() == [8] * 6  # padding: out of range
     assert tables[0, :3].tolist() == [1, 2, 4] and tables[1, :2].tolist() == [7, 8]
-    assert tiles[:3].tolist() == [[0, 8, 3], [1, 0, 4], [1, 4, 2]]
-    assert tokens[1:3].reshape(-1)[:6].tolist() == list(range(6))
-    assert records[1, FIELD["sample_from"]] == 2 * 4 + 1  # the prompt's last token
+    assert tiles[:3].tolist() == [[1, 0, 4], [1, 4, 2], [0, 8, 3]]
+    assert tokens[0:2].reshape(-1)[:6].tolist() == list(range(6))
+    assert records[1, FIELD["sample_from"]] == 4 + 1  # the prompt's last token
     assert records[1, FIELD["seed"]] == -1 and (stop == -1).all()
     assert records[1, FIELD["temperature"]].view(np.float32) == np.float32(0.5)
 

@@ -233,6 +233,39 @@ def test_a_cached_prompt_is_not_run_again() -> None:
     assert core.statistics().prefill_tokens == 40 + 8
 
 
+def test_each_client_is_credited_with_what_was_run_for_it() -> None:
+    """Two clients with one prompt of 40 tokens and 4 of output each, at 2 and 3 a token."""
+    for order, options, credits in (
+        ("dlpm", ("quantum=50", "w_in=2", "w_out=3"), (8.0, 22.0)),
+        ("vtc", ("w_in=2", "w_out=3"), (None, None)),
+    ):
+        core = make_core(order=order, order_options=options)
+        harness = Harness(core)
+        for name in ("ann", "bob"):
+            request = make_request(name, list(range(40)), max_tokens=4, client=name)
+            harness.submit(request)
+            harness.run()
+        ann, bob = sorted(core.meter.clients(), key=lambda client: client.client)
+        assert (ann.computed, ann.cached, ann.output) == (40, 0, 4)
+        assert (bob.computed, bob.cached, bob.output) == (8, 32, 4)
+        assert (ann.service, ann.service_uncached) == (92, 92)
+        assert (bob.service, bob.service_uncached) == (92, 28)
+        # A quantum each: 50 - 92, and a second one that came with the other's; 50 - 28.
+        assert (ann.credit, bob.credit) == credits
+
+
+@pytest.mark.parametrize("order", ["fcfs", "dlpm", "vtc"])
+def test_a_recomputed_prompt_is_served_once(order: str) -> None:
+    core = make_core(num_pages=30, admission="reserve_prompt", slice_steps=4, order=order)
+    harness = Harness(core)
+    for i in range(6):
+        harness.submit(make_request(f"r{i}", [i] * 17, max_tokens=70, client=f"c{i % 2}"))
+    harness.run()
+    assert core.statistics().recomputed_tokens > 0
+    for client in core.meter.clients():
+        assert (client.computed, client.cached, client.output) == (3 * 17, 0, 3 * 70)
+
+
 def test_output_pages_are_found_by_the_next_turn() -> None:
     core = make_core()
     harness = Harness(core)
@@ -366,7 +399,7 @@ def test_no_page_is_lost_whatever_happens(
         waiting = list(core.order.waiting())
         assert sorted([*waiting, *core.order.running()]) == sorted(core.jobs)
         if order == "lpm":  # what it knows of the cache is what the pool has
-            match = core._planner.num_cached
+            match = core.prefixes.num_cached
             assert waiting == sorted(waiting, key=lambda n: (-match(core.jobs[n]), n))
     harness.run()
     for name, request in requests.items():

@@ -215,7 +215,7 @@ def room(rule: Admission, client: str = "a", *, made: int = 0, total: int = 100)
     new = Candidate(1 + made, 1 + made, 50 - made, 1, client, made)
     running = RunningRows([Running(1 + made, 1 + made, 50 - made, made, client)])
     while rule.admits(new, running, memory(total=total)):
-        running.append(Running(1 + made, 1 + made, 50 - made, made, client))
+        running.extend([Running(1 + made, 1 + made, 50 - made, made, client)])
     return len(running)
 
 

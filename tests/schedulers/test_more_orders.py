@@ -17,6 +17,7 @@ from jaxserve.schedulers.order.dfs_weight import DfsWeight
 from jaxserve.schedulers.order.fcfs import Fcfs
 from jaxserve.schedulers.order.hrrn import Hrrn
 from jaxserve.schedulers.order.larry import Larry, LarryParameters
+from jaxserve.schedulers.order.lpm import PrefixOrder
 from jaxserve.schedulers.order.priority import Priority, PriorityParameters
 from jaxserve.schedulers.order.shortest_prefill_first import ShortestPrefillFirst
 from jaxserve.schedulers.parameters import read
@@ -244,7 +245,8 @@ def test_dfs_weight_with_nothing_cached_is_fcfs_and_keeps_nothing_of_who_left() 
     assert list(order.waiting()) == [1, 2, 3, 4, 5]
     tell(order, *(Abort(number) for number in (3, 1, 5, 4, 2)))
     assert order.next() is None
-    assert isinstance(order._tree, WeightedTree) and len(order._tree._branches) == 1
+    assert isinstance(order._tree, WeightedTree)
+    assert not order._tree._root.children and not order._tree._root.home.below
 
 
 # ------------------------------------------------------------------------------ a sort of everybody
@@ -418,6 +420,30 @@ def by_depth(world: World, number: int) -> tuple:
     return (number if number in world.running else depth_first(world).index(number),)
 
 
+class HrrnByTwo(Hrrn):
+    """Looks for the two largest ratios at once."""
+
+    num_chosen = 2
+
+
+class LarryByThree(Larry):
+    num_chosen = 3
+
+
+class CrowdedTree(WeightedTree):
+    crowd = 2
+
+
+class CrowdedDfs(PrefixOrder[WeightedTree]):
+    """Depth first where two waiting requests make a home."""
+
+    def __init__(self) -> None:
+        super().__init__(CrowdedTree())
+
+    def rank(self, event: Arrive) -> tuple[int]:
+        return (event.number,)
+
+
 ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
     "hrrn": (
         lambda: Hrrn(page_size=PAGE),
@@ -427,10 +453,19 @@ ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
         lambda: Larry(LarryParameters(prefill_rate=3.0), page_size=PAGE),
         by_ratio(lambda world, known: 3 * int(world.now_s - known.event.arrived_s)),
     ),
+    "hrrn, few at once": (
+        lambda: HrrnByTwo(page_size=PAGE),
+        by_ratio(lambda world, known: world.computed - known.came_tokens),
+    ),
+    "larry, few at once": (
+        lambda: LarryByThree(LarryParameters(prefill_rate=3.0), page_size=PAGE),
+        by_ratio(lambda world, known: 3 * int(world.now_s - known.event.arrived_s)),
+    ),
     "priority": (Priority, by_class(0)),
     "priority, ageing": (lambda: Priority(PriorityParameters(age_s=4.0)), by_class(4)),
     "deadline": (Deadline, by_deadline),
     "dfs_weight": (DfsWeight, by_depth),
+    "dfs_weight, crowded": (CrowdedDfs, by_depth),
 }
 
 

@@ -1,5 +1,6 @@
 """The tree of waiting prompts against a plain list of them, whatever happens to the cache."""
 
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -18,9 +19,11 @@ def key_chain(letters: list[str]) -> tuple[bytes, ...]:
 class WaitingPrompts(RuleBasedStateMachine):
     """Requests come and go; pages are cached parents first and evicted children first."""
 
+    make_tree = WaitingTree
+
     def __init__(self) -> None:
         super().__init__()
-        self.tree = WaitingTree()
+        self.tree = self.make_tree()
         self.waiting: dict[tuple[int], tuple[bytes, ...]] = {}
         self.lane: dict[tuple[int], str] = {}
         self.cached: set[bytes] = set()
@@ -43,7 +46,8 @@ class WaitingPrompts(RuleBasedStateMachine):
             for rank, keys in self.waiting.items()
             if self.match(keys) != before[rank]
         }
-        assert concerned <= set(self.tree.on(change))
+        self.tree.on(change)
+        assert concerned <= set(self.tree.changed_lanes())
 
     def matches(self) -> dict[tuple[int], int]:
         return {rank: self.match(keys) for rank, keys in self.waiting.items()}
@@ -94,7 +98,37 @@ class WaitingPrompts(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_of_who_left(self) -> None:
         if not self.waiting:
-            assert not self.tree._root.children and not self.tree._at and not self.tree._groups
+            assert not self.tree._root.children and not self.tree._at and not self.tree._homes
+            assert not self.tree._root.home.below
+
+
+class TwoAreACrowd(WaitingTree):
+    crowd = 2
+
+
+class CrowdedPrompts(WaitingPrompts):
+    make_tree = TwoAreACrowd
 
 
 TestWaitingPrompts = WaitingPrompts.TestCase
+TestCrowdedPrompts = CrowdedPrompts.TestCase
+
+
+@given(prompts=st.lists(LETTERS, max_size=12), cached=LETTERS, passed=LETTERS)
+def test_who_stands_first_beside_a_branch(
+    prompts: list[list[str]], cached: list[str], passed: list[str]
+) -> None:
+    tree = WaitingTree()
+    held = set(key_chain(cached))
+    way = key_chain(passed)
+    for number, letters in enumerate(prompts):
+        keys = key_chain(letters)
+        tree.add((number,), keys, sum(key in held for key in keys))
+    left = [rank for rank in tree.ranks() if not way or way[-1] not in key_chain(prompts[rank[0]])]
+    for _ in range(2):  # the second time the branch is a home
+        first = tree.first_beside(lambda node: bool(way) and way[-1] in node.run)
+        assert first == (left[0] if left else None)
+    assert list(tree.ranks()) == sorted(
+        ((number,) for number in range(len(prompts))),
+        key=lambda rank: longest_match(tree.match(rank), rank),
+    )

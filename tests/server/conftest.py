@@ -82,6 +82,7 @@ class FakeReplica(pb_grpc.ReplicaServicer):
     submits: list[pb.Submit] = field(default_factory=list)
     commands: asyncio.Queue[pb.EngineCommand] = field(default_factory=asyncio.Queue)
     num_connections: int = 0
+    clients: list[pb.ClientStatistics] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._reports: asyncio.Queue[pb.EngineReport] | None = None
@@ -155,7 +156,13 @@ class FakeReplica(pb_grpc.ReplicaServicer):
         return pb.DescribeResponse(replica="replica-0", model=model, server=server, max_samples=4)
 
     async def GetStatistics(self, request, context):
-        return pb.ReplicaStatistics(replica="replica-0", values={"running": 3.0}, engine_restarts=2)
+        asked = [one for one in self.clients if request.client in ("", one.client)]
+        return pb.ReplicaStatistics(
+            replica="replica-0",
+            values={"running": 3.0},
+            engine_restarts=2,
+            clients=asked if request.per_client else (),
+        )
 
     async def GetLoads(self, request, context):
         for received in range(3):
@@ -277,6 +284,7 @@ def serve(tmp_path: Path, tokenizer: Tokenizer):
         keys: Path | None = None,
         template: str | None = None,
         sampling_defaults: Mapping[str, float] | None = None,
+        client_metrics: str = "auto",
     ) -> AsyncIterator[Served]:
         log_path = tmp_path / "requests.jsonl"
         replica = FakeReplica(tmp_path / "replica.sock", script)
@@ -299,7 +307,11 @@ def serve(tmp_path: Path, tokenizer: Tokenizer):
                 request_log=RequestLog(stack.enter_context(log_path.open("a"))),
             )
             config = ServerConfig(
-                port=0, http_port=0 if http else -1, max_message_mb=max_message_mb
+                port=0,
+                http_port=0 if http else -1,
+                max_message_mb=max_message_mb,
+                api_keys="" if keys is None else str(keys),
+                client_metrics=client_metrics,
             )
             frontend = await start_frontend(config, desk, configuration={"model": "tiny"})
             stack.push_async_callback(frontend.stop)

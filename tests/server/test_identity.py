@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.client import AsyncClient
+from jaxserve.client import AsyncClient, ServedTokens
 from jaxserve.config import CacheConfig
 from jaxserve.errors import BadRequest, ConfigError, Unauthenticated
+from jaxserve.proto import jaxserve_v1_pb2 as pb
+from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.server.clients import MOST_CLIENTS, OTHER, ClientLedger
 from jaxserve.server.identity import Caller, Gate, key_digest, make_key, read_keys
 from jaxserve.server.key import entry
@@ -220,6 +222,59 @@ async def test_without_keys_everybody_is_shown(serve, answer):
         await served.client.generate_once([1])
         (replica,) = await dan.statistics(per_client=True)
         assert {counts.client for counts in replica.clients} == {"dan", "anonymous"}
+
+
+def served_client(name: str, service: float) -> pb.ClientStatistics:
+    served = pb.ServedTokens(computed=7, cached=2, output=5)
+    return pb.ClientStatistics(
+        client=name, weight=1.0, service=service, service_uncached=3.0, bound=50.0, served=served
+    )
+
+
+async def test_what_the_engine_served_stands_beside_what_was_asked_for(serve, answer):
+    async with (
+        serve(script=answer([1])) as served,
+        AsyncClient(served.target, client="dan") as dan,
+    ):
+        served.replica.clients = [served_client("eve", 9.0), served_client("dan", 8.0)]
+        await dan.generate_once([1, 2])
+        (replica,) = await dan.statistics(per_client=True)
+        eve, me = replica.clients
+        assert (eve.client, eve.service, eve.num_requests) == ("eve", 9.0, 0)
+        assert (me.client, me.service, me.service_uncached) == ("dan", 8.0, 3.0)
+        assert (me.num_requests, me.prompt_tokens, me.completion_tokens) == (1, 2, 1)
+        assert (me.served, me.credit, me.bound) == (ServedTokens(7, 2, 5), None, 50.0)
+        stub = pb_grpc.JaxserveStub(served.channel)
+        for fields, wanted in (({"client": "dan"}, ["dan"]), ({"most_clients": 1}, ["eve"])):
+            request = pb.GetStatisticsRequest(per_client=True, **fields)
+            (replica,) = (await stub.GetStatistics(request)).replicas
+            assert [one.client for one in replica.clients] == wanted
+
+
+async def test_with_keys_nobody_sees_whom_else_the_engine_served(serve, keys: Path):
+    async with (
+        serve(keys=keys) as served,
+        AsyncClient(served.target, api_key=ANN) as ann,
+    ):
+        served.replica.clients = [served_client("bob", 9.0), served_client("ann", 8.0)]
+        (replica,) = await ann.statistics(per_client=True)
+        assert [(one.client, one.service) for one in replica.clients] == [("ann", 8.0)]
+
+
+async def test_the_metrics_page_names_clients_unless_keys_are_in_use(serve, keys: Path):
+    """The page needs no key."""
+    for fields, named in (
+        ({}, True),
+        ({"client_metrics": "off"}, False),
+        ({"keys": keys}, False),
+        ({"keys": keys, "client_metrics": "on"}, True),
+    ):
+        async with serve(http=True, **fields) as served:
+            served.replica.clients = [served_client("bob", 9.0)]
+            page = (await served.get("/metrics")).body.decode()
+            assert ('client="bob"' in page) is named
+    with pytest.raises(ConfigError, match="client_metrics: got 'no'; allowed: auto, on, off"):
+        ServerConfig(client_metrics="no")
 
 
 def test_made_up_names_are_counted_together_beyond_a_bound():

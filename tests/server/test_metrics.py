@@ -16,8 +16,19 @@ from jaxserve.errors import JaxserveError
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto.convert import REASON_TO_PROTO
 from jaxserve.request import FinishReason, Limits, Request, SamplingParams
+from jaxserve.schedulers.events import Admit, Arrive, Enact, Tick
+from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
+from jaxserve.schedulers.service_meter import ServiceMeter
 from jaxserve.server.answer import Answer
-from jaxserve.server.metrics import CODES, CONTENT_TYPE, OK, RequestMetrics, exposition
+from jaxserve.server.convert import client_to_proto
+from jaxserve.server.metrics import (
+    CODES,
+    CONTENT_TYPE,
+    MOST_CLIENTS,
+    OK,
+    RequestMetrics,
+    exposition,
+)
 from jaxserve.server.request_log import RequestRecord
 
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -221,9 +232,54 @@ def test_an_engine_that_says_less_shows_less():
     assert ("slices_total",) not in page and ("kv_cache_usage_perc",) not in page
 
 
+def shared_statistics(*names: str) -> pb.ReplicaStatistics:
+    """Of clients that were let in one after the other, with 10 tokens of prompt; all wait again."""
+    meter = ServiceMeter(Dlpm(DlpmParameters(quantum=100.0)))
+    for number, name in enumerate((*names, *names)):
+        meter.on(Arrive(number, name, 0, 100.0, 10, 5, 1))
+    for number in range(len(names)):
+        assert meter.next() is not None
+        meter.on(Admit(number, 10 - number))
+        meter.on(Enact([(number, 10 - number, 0)]))
+    meter.on(Tick(102.5))
+    clients = [client_to_proto(client, bound=1.0) for client in meter.clients()]
+    return pb.ReplicaStatistics(values=meter.values(), clients=clients)
+
+
+def test_service_is_shown_by_client_and_as_a_gap():
+    page = read(RequestMetrics(), shared_statistics("ann", "bob"))
+    kinds = {"computed": 9, "cached": 1, "output": 0}
+    assert {kind: page["client_tokens_total", "bob", kind] for kind in kinds} == kinds
+    assert page["client_service_tokens_total", "ann", "uncached"] == 10
+    assert page["client_service_tokens_total", "bob", "uncached"] == 9
+    assert page["client_service_tokens_total", "bob", "all"] == 10
+    assert (page["client_deficit", "ann"], page["client_deficit", "bob"]) == (90, 91)
+    assert (page["clients_known",], page["clients_backlogged",]) == (2, 2)
+    assert (page["service_window_seconds",], page["service_gap_tokens",]) == (2.5, 1)
+    assert page["service_gap_bound_tokens",] == 2 * (100 + 10)
+    assert page["jain_service",] == pytest.approx(19**2 / (2 * (100 + 81)))
+
+
+def test_a_client_cannot_write_metrics_by_its_name():
+    names = ['x"} 1\njaxserve_up 1\n', "x\\n", "x\n", "\r\x00\u2028é🙂", '"', "\\"]
+    page = read(RequestMetrics(), shared_statistics(*names))
+    assert {key[1] for key in page if key[0] == "client_deficit"} == set(names)
+    assert not any("up" == key[0] for key in page)
+
+
+def test_only_so_many_clients_are_shown():
+    statistics = shared_statistics(*map(str, range(9)))
+    statistics.clients.extend(pb.ClientStatistics(client=f"small-{n}") for n in range(200))
+    page = read(RequestMetrics(), statistics)
+    shown = {key[1] for key in page if key[0] == "client_service_tokens_total"}
+    assert len(shown) == MOST_CLIENTS and {*map(str, range(9))} < shown
+
+
 def test_the_document_lists_what_is_exported():
+    statistics = served_statistics()
+    statistics.MergeFrom(shared_statistics("ann", "bob"))
     page = exposition(
-        RequestMetrics(), served_statistics(), model_name="tiny", engine="r", num_live=0
+        RequestMetrics(), statistics, model_name="tiny", engine="r", num_live=0
     ).decode()
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", page, re.MULTILINE))
     meanings = dict(re.findall(r"^# HELP (\w+) (.+)$", page, re.MULTILINE))

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from jaxserve.client import AsyncClient, Client
+from jaxserve.client import AsyncClient, Client, ServedTokens
 from jaxserve.errors import JaxserveError, NotReady
 from jaxserve.request import FinishReason, SamplingParams
 from jaxserve.server.identity import make_key
@@ -162,8 +164,14 @@ def test_a_server_starts_answers_survives_its_engine_and_leaves_nothing(tmp_path
             assert server.engine_pid != killed
             completion = client.generate_once([5], sampling=SamplingParams(max_tokens=2))
             assert completion.samples[0].token_ids == (6, 7)
-            (replica,) = client.statistics()
+            (replica,) = client.statistics(per_client=True)
             assert replica.engine_restarts == 1
+            (anonymous,) = replica.clients
+            # What was asked for is counted on, what was served begins again with the engine.
+            assert anonymous.num_requests > 1 and anonymous.completion_tokens == 4 + 2
+            assert anonymous.served == ServedTokens(computed=1, cached=0, output=2)
+            assert anonymous.service == anonymous.service_uncached == 1 + 2 * 2
+            assert anonymous.credit is None and anonymous.bound is None
 
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_end() == 0
@@ -242,6 +250,64 @@ async def test_a_busy_server_is_shared_by_the_weights_of_the_keys(tmp_path, pace
     assert served["light"] > 50
     # Ten tokens at a time: the shares come out in steps.
     assert 2.3 <= served["heavy"] / served["light"] <= 3.9
+
+
+async def test_a_live_server_shows_whom_it_serves_and_keeps_the_gap_below_the_bound(
+    tmp_path, paced
+):
+    """One greedy client beside two polite ones; each has a prefix that all its prompts share."""
+    streams = {"greedy\n": 18, "polite-1": 6, "polite-2": 6}
+    sampling = SamplingParams(max_tokens=10, ignore_eos=True)
+    flags = ("--order=dlpm", "--order_options=quantum=64", "--max_rows=4", "--page_size=8")
+    pages: list[dict] = []
+
+    async def ask(client: AsyncClient, own: int) -> None:
+        for number in range(10_000):
+            await client.generate_once([own] * 24 + [number], sampling=sampling)
+
+    with Server(tmp_path, *paced, *flags) as server:
+        address = server.wait_ready()
+        url = re.search(r"serving HTTP at (http://[\d.:]+)/v1", server.out)
+        assert url is not None
+        async with AsyncExitStack() as stack:
+            tasks = []
+            for own, (name, number) in enumerate(streams.items(), 1):
+                client = await stack.enter_async_context(AsyncClient(address, client=name))
+                tasks += [asyncio.create_task(ask(client, own)) for _ in range(number)]
+            for _ in range(18):
+                await asyncio.sleep(0.1)
+                pages.append(await asyncio.to_thread(scrape, url[1]))
+            (replica,) = await client.statistics(per_client=True)
+            for task in tasks:
+                task.cancel()
+    name, service = "jaxserve_service_gap_tokens", "jaxserve_client_service_tokens_total"
+    waited = [page for page in pages if page["jaxserve_clients_backlogged",] == len(streams)]
+    assert len(waited) > 10 and len({page[name,] for page in waited}) > 3
+    assert all(page[name,] <= page["jaxserve_service_gap_bound_tokens",] for page in pages)
+    for client in replica.clients:
+        assert len({page["jaxserve_client_deficit", client.client] for page in pages[3:]}) > 3
+        for kind in ("all", "uncached"):
+            totals = [page[service, client.client, kind] for page in pages[3:]]
+            assert totals == sorted(totals) and totals[-1] > totals[0]
+        assert client.service > client.service_uncached >= totals[-1]
+        served = client.served
+        assert client.service == served.computed + served.cached + 2 * served.output
+        assert client.bound == replica.values["service_gap_bound_tokens"] > 0
+        assert client.credit is not None and client.credit <= 64
+    assert {client.client for client in replica.clients} == set(streams)
+
+
+def scrape(url: str) -> dict:
+    """The metrics page by name and labels, without those that all have."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        page = reply.read().decode()
+    samples = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = {**sample.labels}
+            del labels["model_name"], labels["engine"]
+            samples[sample.name, *labels.values()] = sample.value
+    return samples
 
 
 def test_what_outlasts_drain_s_ends_with_unavailable(tmp_path, paced):
