@@ -161,7 +161,7 @@ def _check_prompt(prompt: np.ndarray, limits: Limits) -> None:
             f"at most {limits.max_context - 1} tokens (the model's context is {limits.max_context})"
         )
         raise BadRequest("prompt", f"{prompt.size} tokens", allowed)
-    if prompt.view(np.uint32).max() >= limits.vocab_size:  # negative ones are the largest there
+    if prompt.min() < 0 or prompt.max() >= limits.vocab_size:
         place = int(np.flatnonzero((prompt < 0) | (prompt >= limits.vocab_size))[0])
         raise BadRequest(
             f"prompt token_ids[{place}]", int(prompt[place]), f"0 to {limits.vocab_size - 1}"

@@ -1,1 +1,1 @@
-"""Decisions and bookkeeping: standard library, numpy, sortedcontainers. Imports no JAX."""
+"""Decisions and bookkeeping: standard library and numpy. Imports no JAX."""

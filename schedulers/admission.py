@@ -33,7 +33,8 @@ class Running:
 class Candidate:
     """The next waiting request: prompt tokens (with what it made before a preemption), the pages
     that starting it takes, output tokens each sample may make, its number of samples, whose it is,
-    and output tokens made before (`made` of `num_tokens`)."""
+    and output tokens made before (`made` of `num_tokens`). Samples that fork share the whole pages
+    of their prompt; others have one each among `cost_pages`."""
 
     num_tokens: int
     cost_pages: int
@@ -41,6 +42,7 @@ class Candidate:
     num_samples: int
     client: str = ""
     made: int = 0
+    forks: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +148,10 @@ def _growth_pages(row: Running, tokens: int, memory: Memory) -> int:
 def _sample_growth(candidate: Candidate, tokens: int, memory: Memory) -> int:
     """Pages beyond its prompt that a candidate's samples take for `tokens` tokens each."""
     tokens = min(tokens, candidate.max_output)
-    first = memory.pages(candidate.num_tokens + tokens) - memory.pages(candidate.num_tokens)
-    # Samples share whole prompt pages only: each further one has its own partial page.
-    whole = candidate.num_tokens // memory.page_size
-    each = memory.pages(candidate.num_tokens + tokens) - whole
+    grown = memory.pages(candidate.num_tokens + tokens)
+    first = each = grown - memory.pages(candidate.num_tokens)
+    if candidate.forks:  # whole pages are shared of all but the last token, which each one runs
+        each = grown - (candidate.num_tokens - 1) // memory.page_size
     return first + (candidate.num_samples - 1) * each
 
 

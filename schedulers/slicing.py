@@ -129,20 +129,22 @@ class WholeSequence(_Unlearning):
 class AdaptiveParameters:
     """What is believed before anything was measured, and how slowly beliefs change.
 
-    `host_s` is the host's work per slice, `hazard` the chance that a row ends with a token.
-    `memory` is what a slice leaves of the older belief in both, `arrival_memory` an arrival of that
-    in the gap between arrivals, `forgetting` a slice of the weight of older ones in the model of
-    serving time.
+    `host_s` is the host's work per slice, `hazard` the chance that a row ends with a token, which
+    counts for as much as `prior_tokens` measured tokens. `memory` is what a slice leaves of the
+    older belief in both, `arrival_memory` an arrival of that in the gap between arrivals,
+    `forgetting` a slice of the weight of older ones in the model of serving time.
     """
 
     host_s: float = 1e-3
     hazard: float = 1e-2
+    prior_tokens: float = 100.0
     memory: float = 0.95
     arrival_memory: float = 0.9
     forgetting: float = 0.995
 
     def __post_init__(self) -> None:
-        positive("host_s", self.host_s)
+        for name in ("host_s", "prior_tokens"):
+            positive(name, getattr(self, name))
         require(0 < self.hazard <= 1, "hazard", self.hazard, "a number in (0, 1]")
         for name in ("memory", "arrival_memory"):
             value = getattr(self, name)
@@ -171,7 +173,6 @@ class Adaptive:
     """
 
     admits_while_running = True
-    _prior_tokens = 100.0
 
     def __init__(self, bounds: SliceBounds, parameters: AdaptiveParameters | None = None):
         self.max_steps = bounds.slice_steps
@@ -181,8 +182,8 @@ class Adaptive:
         self._num_ran = 0
         self._host_s = self._parameters.host_s
         # Tokens and ends of past slices, older ones counting less: their ratio is the hazard.
-        self._made = self._prior_tokens
-        self._ended = self._parameters.hazard * self._prior_tokens
+        self._made = self._parameters.prior_tokens
+        self._ended = self._parameters.hazard * self._made
         self._arrival_gap_s = math.inf
         self._last_arrival_s = -math.inf
 

@@ -91,8 +91,8 @@ class Admitter:
                 leased = len(lease.pages)
             elif job.parent is not None and job.parent.lease is not None:
                 leased = len(job.parent.lease.pages)
-                if place:
-                    leased = min(leased, job.request.prompt.size // self._pool.page_size)
+                if place:  # each runs the prompt's last token on a page of its own
+                    leased = min(leased, (job.request.prompt.size - 1) // self._pool.page_size)
             else:
                 continue
             made = len(row.made) + row.ahead
@@ -140,9 +140,10 @@ class Admitter:
             num_tokens=max([row.length for row in leaders]),
             cost_pages=sum([pool.cost(row.length, match) for row in leaders]),
             max_output=max([row.remaining for row in rows]),
-            num_samples=len(rows) if fresh else 1,
+            num_samples=len(rows),
             client=job.request.client,
             made=max([len(row.made) for row in rows]),
+            forks=fresh,
         )
         memory = self.memory(pool.num_available, steps)
         if not self._core.admission.admits(candidate, running, memory):
@@ -158,6 +159,8 @@ class Admitter:
             row.lease = granted.lease
             row.computed = row.lease.num_shared * pool.page_size
             left += row.length - row.computed
+        if fresh:
+            left += len(rows) - 1  # each sample runs the prompt's last token for itself
         self._seat(job, leaders, fresh, left)
         running.extend(self._as_running(job))
         return left

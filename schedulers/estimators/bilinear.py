@@ -10,7 +10,7 @@ the padded N and L that really run, and never a slice that compiled something.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ class Profile:
             return _profile(json.loads(Path(path).read_text()))
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"profile: got {str(path)!r} ({what}); allowed: a profile") from error
+            raise ValueError(
+                f"profile: got {str(path)!r} ({what}); allowed: a JSON file with a fitted profile"
+            ) from error
 
 
 def _profile(fields: dict[str, Any]) -> Profile:
@@ -142,7 +144,9 @@ def fit_profile(
     )
 
 
-def _fitted(points: Sequence[Point], how) -> Bilinear:
+def _fitted(
+    points: Sequence[Point], how: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> Bilinear:
     rows, length, seconds = np.array(points, float).reshape(-1, 3).T
     columns = np.stack([rows * length, rows, length, np.ones_like(rows)], axis=1)
     return Bilinear(*how(columns, seconds).tolist())

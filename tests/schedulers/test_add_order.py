@@ -1,4 +1,4 @@
-"""docs/policies.md, "To add an order", followed to the letter with a small one."""
+"""docs/add_a_policy.md, "An order", followed to the letter with a small one."""
 
 from dataclasses import dataclass
 

@@ -148,6 +148,22 @@ def test_samples_share_whole_prompt_pages_only() -> None:
     assert not SliceLease().admits(three, RunningRows(), memory(total=3, page_size=8, steps=4))
 
 
+def test_the_last_page_of_a_prompt_is_shared_by_no_samples() -> None:
+    # Each sample runs the last of the 16 tokens itself, on a copy of the second page.
+    three = candidate(16, output=8, page_size=8, samples=3)
+    for name in ("slice_lease", "reserve_remaining"):
+        rule = make_admission(name)
+        fits, misfits = (memory(total=pages, page_size=8) for pages in (7, 6))
+        assert rule.admits(three, RunningRows(), fits)
+        assert not rule.admits(three, RunningRows(), misfits)
+
+
+def test_samples_that_do_not_fork_pay_for_their_own_prompts() -> None:
+    two = Candidate(num_tokens=12, cost_pages=4, max_output=4, num_samples=2, forks=False)
+    assert SliceLease().admits(two, RunningRows(), memory(total=4, page_size=8))
+    assert not SliceLease().admits(two, RunningRows(), memory(total=3, page_size=8))
+
+
 def test_ratio_falls_with_steps_and_rises_after_a_retraction() -> None:
     rule = Ratio()
     rule.ticked(600)

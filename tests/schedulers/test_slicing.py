@@ -168,6 +168,7 @@ def slower_device(slicing) -> None:
     [
         ("host_s=0.001", "host_s=0.1", lambda slicing: None, {"backlog": True}),
         ("hazard=0.1", "hazard=0.001", lambda slicing: None, {"backlog": True}),
+        ("prior_tokens=1000000", "prior_tokens=1", rare_ends, {"backlog": True}),
         ("memory=0.99", "memory=0.5", rare_ends, {"backlog": True}),
         ("arrival_memory=0.1", "arrival_memory=0.9", arrivals, {"now_s": 19.06}),
         ("forgetting=0.9", "forgetting=1.0", slower_device, {"backlog": True}),

@@ -20,6 +20,7 @@ class WaitingPrompts(RuleBasedStateMachine):
     """Requests come and go; pages are cached parents first and evicted children first."""
 
     make_tree = WaitingTree
+    asks_always = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,6 +29,7 @@ class WaitingPrompts(RuleBasedStateMachine):
         self.lane: dict[tuple[int], str] = {}
         self.cached: set[bytes] = set()
         self.last = 0
+        self.told_match: dict[tuple[int], int] = {}
 
     def match(self, keys: tuple[bytes, ...]) -> int:
         return sum(key in self.cached for key in keys)
@@ -39,15 +41,19 @@ class WaitingPrompts(RuleBasedStateMachine):
         self.tree.add(rank, keys, self.match(keys), lane=lane)
         self.waiting[rank], self.lane[rank] = keys, lane
 
-    def told(self, change: Stored | Removed | Cleared, before: dict[tuple[int], int]) -> None:
-        """Tell the tree, and hold what it says to who has another match now."""
-        concerned = {
-            self.lane[rank]
-            for rank, keys in self.waiting.items()
-            if self.match(keys) != before[rank]
-        }
+    def told(self, change: Stored | Removed | Cleared) -> None:
         self.tree.on(change)
-        assert concerned <= set(self.tree.changed_lanes())
+        if self.asks_always:
+            self.ask_for_lanes()
+
+    @rule()
+    def ask_for_lanes(self) -> None:
+        """Lanes of all whose match is another than when they were last asked for are told."""
+        now = self.matches()
+        told = set(self.tree.changed_lanes())
+        for rank, match in self.told_match.items():
+            assert now.get(rank, match) == match or self.lane[rank] in told
+        self.told_match = now
 
     def matches(self) -> dict[tuple[int], int]:
         return {rank: self.match(keys) for rank, keys in self.waiting.items()}
@@ -64,27 +70,30 @@ class WaitingPrompts(RuleBasedStateMachine):
         keys = key_chain(letters)
         known = self.match(keys)
         if known < len(keys):
-            parent, before = keys[known - 1] if known else NO_PARENT, self.matches()
+            parent = keys[known - 1] if known else NO_PARENT
             self.cached.update(keys)
-            self.told(Stored(1, parent, keys[known:]), before)
+            self.told(Stored(1, parent, keys[known:]))
 
     @precondition(lambda self: self.cached)
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         top = data.draw(st.sampled_from(sorted(self.cached)))
         gone = sorted((key for key in self.cached if key.startswith(top)), key=len, reverse=True)
-        before = self.matches()
         self.cached.difference_update(gone)
-        self.told(Removed(1, tuple(gone)), before)
+        self.told(Removed(1, tuple(gone)))
 
     @rule()
     def clear(self) -> None:
-        before = self.matches()
         self.cached.clear()
-        self.told(Cleared(1), before)
+        self.told(Cleared(1))
 
     @invariant()
     def the_tree_is_the_list_sorted(self) -> None:
+        if self.asks_always:
+            self.ask()
+
+    @rule()
+    def ask(self) -> None:
         match = self.matches()
         for lane in LANES:
             ranks = [rank for rank in self.waiting if self.lane[rank] == lane]
@@ -110,8 +119,15 @@ class CrowdedPrompts(WaitingPrompts):
     make_tree = TwoAreACrowd
 
 
+class SeldomAskedPrompts(CrowdedPrompts):
+    """Nobody asks after each change: prefixes go and come back, and requests move in between."""
+
+    asks_always = False
+
+
 TestWaitingPrompts = WaitingPrompts.TestCase
 TestCrowdedPrompts = CrowdedPrompts.TestCase
+TestSeldomAskedPrompts = SeldomAskedPrompts.TestCase
 
 
 @given(prompts=st.lists(LETTERS, max_size=12), cached=LETTERS, passed=LETTERS)

@@ -156,7 +156,7 @@ def test_a_file_that_holds_no_profile_is_named(text: str, tmp_path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(text)
     with pytest.raises(
-        ValueError, match=r"(?s)profile: got '.*profile.json' .*; allowed: a profile"
+        ValueError, match=r"(?s)profile: got '.*profile.json' .*; allowed: a JSON file"
     ):
         Profile.load(path)
     with pytest.raises(ValueError, match="FileNotFoundError"):
