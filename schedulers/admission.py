@@ -142,7 +142,10 @@ class BaseAdmission:
 
 def _growth_pages(row: Running, tokens: int, memory: Memory) -> int:
     """Pages a row still needs so that `tokens` more fit, never beyond its own limit."""
-    return max(0, memory.pages(row.held + min(tokens, row.remaining)) - row.leased_pages)
+    if row.remaining < tokens:
+        tokens = row.remaining
+    pages = -(-(row.held + tokens) // memory.page_size)
+    return pages - row.leased_pages if pages > row.leased_pages else 0
 
 
 def _sample_growth(candidate: Candidate, tokens: int, memory: Memory) -> int:

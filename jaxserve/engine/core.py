@@ -241,21 +241,22 @@ class EngineCore:
         counts, codes = result.counts.tolist(), result.codes.tolist()
         ran: list[Ran] = []
         ending: list[tuple[Sequence, int]] = []
+        done, evicting = Phase.DONE, Phase.EVICTING
         for place, row in enumerate(flight.rows):
             row.ahead -= flight.steps[place]
-            if row.phase is Phase.DONE:
+            phase, count = row.phase, counts[place]
+            if phase is done:
                 continue
-            count = counts[place]
             if count:
-                job = row.job
-                row.add(tokens[place][:count])
+                job, made = row.job, tokens[place][:count]
+                row.add(made)
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
-            if codes[place] or row.phase is Phase.EVICTING:
+                if not codes[place] and phase is not evicting:
+                    self._emit(row, made, _logprobs(row, made, result, place))
+            if codes[place] or phase is evicting:
                 ending.append((row, place))
-            elif count:
-                self._emit(row, tokens[place][:count], result=result, place=place)
         self.statistics_now.output_tokens += sum([count for _, _, count in ran])
         if ran:
             self.order.on(Enact(ran))
@@ -276,14 +277,14 @@ class EngineCore:
         if code is not Code.RUNNING:
             if code is not Code.ERROR:
                 self.admission.finished(job.request.client, len(row.made))
-            self._emit(row, tokens, result=result, place=place, finish=_REASONS[code])
+            self._emit(row, tokens, _logprobs(row, tokens, result, place), _REASONS[code])
             self._end(row, None, event=Finish)
             if not job.sequences and job.first_token_s is not None:
                 decode_s = now_s - job.first_token_s
                 self.statistics_now.request_decode_time_seconds.observe(decode_s)
             return
         if tokens:
-            self._emit(row, tokens, result=result, place=place)
+            self._emit(row, tokens, _logprobs(row, tokens, result, place))
         if row.last_slice == result.number:
             self._evict(row)
 
@@ -440,18 +441,13 @@ class EngineCore:
         self,
         sequence: Sequence,
         tokens: ReadOnly[int],
-        *,
+        logprobs: tuple[TokenLogprob, ...] = (),
         finish: FinishReason | None = None,
         message: str = "",
-        result: SliceResult | None = None,
-        place: int = 0,
     ) -> None:
         job = sequence.job
         if tokens:
             job.announced = True
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if result is not None and result.logprobs is not None:
-            logprobs = _logprobs(sequence, tokens, result, place)
         self._outbox.append(
             Delta(
                 request_id=job.request.request_id,
@@ -485,8 +481,10 @@ def sample_seed(seed: int, sample: int) -> int:
 def _logprobs(
     sequence: Sequence, tokens: ReadOnly[int], result: SliceResult, place: int
 ) -> tuple[TokenLogprob, ...]:
+    if result.logprobs is None:
+        return ()
     wanted = sequence.job.request.params.logprobs
-    if wanted is None or result.logprobs is None:
+    if wanted is None:
         return ()
     chosen = result.logprobs.chosen[: len(tokens), place].tolist()
     ids = result.logprobs.top_ids[: len(tokens), place, :wanted].tolist()
