@@ -76,28 +76,32 @@ class Admitter:
     def running_rows(self) -> RunningRows:
         """Every row that holds a lease, or will share its parent's, as admission rules see it."""
         jobs = self._core.jobs
-        return RunningRows(
-            [row for number in self._core.order.running() for row in self._as_running(jobs[number])]
+        running = [jobs[number] for number in self._core.order.running()]
+        rows = RunningRows(
+            [
+                _as_running(row, job, len(row.lease.pages))
+                for job in running
+                for row in job.sequences
+                if row.lease is not None
+            ]
         )
-
-    def _as_running(self, job: Job) -> list[Running]:
-        """Samples that have not forked yet hold their prompt: the first all of the parent's lease,
-        the others its whole pages."""
-        rows: list[Running] = []
-        client = job.request.client
-        for place, row in enumerate(job.sequences):
-            lease, known = row.lease, row.length + row.ahead
-            if lease is not None:
-                leased = len(lease.pages)
-            elif job.parent is not None and job.parent.lease is not None:
-                leased = len(job.parent.lease.pages)
-                if place:  # each runs the prompt's last token on a page of its own
-                    leased = min(leased, (job.request.prompt.size - 1) // self._pool.page_size)
-            else:
-                continue
-            made = len(row.made) + row.ahead
-            rows.append(Running(known, leased, row.max_length - known, made, client))
+        for job in running:
+            if job.parent is not None:
+                rows.extend(self._unforked(job))
         return rows
+
+    def _unforked(self, job: Job) -> list[Running]:
+        """Samples that hold their prompt together: the first all of the parent's lease, the others,
+        which run the prompt's last token on a page of their own, its whole pages."""
+        assert job.parent is not None
+        if job.parent.lease is None:
+            return []
+        first = len(job.parent.lease.pages)
+        others = min(first, (job.request.prompt.size - 1) // self._pool.page_size)
+        return [
+            _as_running(row, job, others if place else first)
+            for place, row in enumerate(job.sequences)
+        ]
 
     def admit(self, steps: int, *, budget: int, now_s: float) -> bool:
         """Seat whom the order names until it names nobody beside those that do not fit, or
@@ -162,7 +166,12 @@ class Admitter:
         if fresh:
             left += len(rows) - 1  # each sample runs the prompt's last token for itself
         self._seat(job, leaders, fresh, left)
-        running.extend(self._as_running(job))
+        if job.parent is not None:
+            running.extend(self._unforked(job))
+        else:
+            running.extend(
+                [_as_running(row, job, len(row.lease.pages)) for row in rows if row.lease]
+            )
         return left
 
     def _unseat(self, rows: list[Sequence]) -> None:
@@ -196,3 +205,10 @@ class Admitter:
         gap = max(now_s - self._last_admission_s, 1e-3)
         self._last_admission_s = now_s
         self._admitted_per_s = 0.9 * self._admitted_per_s + 0.1 / gap
+
+
+def _as_running(row: Sequence, job: Job, leased_pages: int) -> Running:
+    known, ahead = row.length + row.ahead, row.ahead
+    return Running(
+        known, leased_pages, row.max_length - known, len(row.made) + ahead, job.request.client
+    )
