@@ -145,12 +145,14 @@ _ORDERS: Final = (
     ),
     OrderPolicy(
         name="larry",
-        summary="largest 1 + waiting time / estimated prefill time (reconstruction)",
+        summary="largest 1 + waiting time / estimated prefill time; on wish small KV needs first"
+        " while memory is short (reconstruction)",
         source="Is the GPU Half-Empty or Half-Full?, arXiv 2410.17840: the name and the idea alone",
         standing="reconstruction",
         make=lambda parameters, page_size: Larry(parameters, page_size=page_size),
         parameters=LarryParameters,
         laws=(*_EVERYONE, "work_conserving"),
+        tight=("kv_gate=0.5",),
     ),
     OrderPolicy(
         name="dfs_weight",

@@ -93,9 +93,11 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A plan is about to be made, at `now_s` on the engine's clock."""
+    """A plan is about to be made, at `now_s` on the engine's clock. `free_share` of the KV pool's
+    pages, in [0, 1], can be had now: free, or cached and read by nobody."""
 
     now_s: float
+    free_share: float = 1.0
 
 
 CacheChange = Stored | Removed | Cleared

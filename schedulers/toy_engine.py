@@ -53,8 +53,8 @@ class ToyEngine:
     """Lets in whom `order` names while slots are free, then runs one token of everybody.
 
     A prompt is computed at once, and cached at the end of the pass that let it in. Who runs keeps
-    room for all its tokens out of `room`, if that is not 0. A step's tokens are told `lag` steps
-    later, and who has made its last is running until then.
+    room for all its tokens out of `room`, if that is not 0; a tick tells what share is free. A
+    step's tokens are told `lag` steps later, and who has made its last is running until then.
 
     `admitted` and `refused` name all there were, `misfits` those of the last pass.
     `charged` sums what clients were served, in the moment of it: `w_in` a prompt token that was
@@ -115,13 +115,17 @@ class ToyEngine:
             return False
         if not self.room or not self.running:
             return True
-        held = sum(other.most_tokens for other in self.running.values())
-        return held + work.most_tokens <= self.room
+        return self._held + work.most_tokens <= self.room
+
+    @property
+    def _held(self) -> int:
+        return sum(work.most_tokens for work in self.running.values())
 
     def fill(self) -> list[int]:
         """One pass: let in as many as fit; their numbers."""
         self.now_s += 1.0
-        self.order.on(Tick(self.now_s))
+        free_share = max(0.0, 1.0 - self._held / self.room) if self.room else 1.0
+        self.order.on(Tick(self.now_s, free_share))
         before, self.misfits = len(self.admitted), []
         while len(self.running) < self.slots:
             number = self.order.next()

@@ -48,7 +48,7 @@ class Planner:
     def plan(self, number: int, now_s: float) -> Planned | None:
         """The next slice, its rows' sequences, and how many slices may be in flight."""
         self._rows, self._sequences, self._number = [], [], number
-        self._core.order.on(Tick(now_s))
+        self._core.order.on(Tick(now_s, self._pool.num_available / self._pool.num_pages))
         running = self._running()
         copies = self._fork_parents(running)
         decoding, prefilling = self._decoding(running), self._prefilling(running)

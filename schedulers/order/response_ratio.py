@@ -1,12 +1,13 @@
 """Highest response ratio next: who waited long, measured by what it asks for, goes first.
 
-The ratio is 1 + waited / uncached. Both are in prompt tokens: what the engine computed, or could
-have computed, since the request came; and what it has to compute for it. It changes for everybody
-whenever the clock moves, so nothing is kept sorted: columns are, one number each per waiting
-request, and after a move of the clock numpy looks for the largest ratios, many at once. Until the
-clock moves again the others stay behind these, and only who comes or finds another match is looked
-at. Knows prompts, pages, and a clock of computed prompt tokens, for which a subclass may put
-another.
+The ratio is 1 + waited / (fixed + uncached). All are in prompt tokens: what the engine computed,
+or could have computed, since the request came; what any prefill costs beside its tokens; and what
+the engine has to compute for this one. It changes for everybody whenever the clock moves, so
+nothing is kept sorted: columns are, one number each per waiting request, and after a move of the
+clock numpy looks for the largest ratios, many at once. Until the clock moves again the others stay
+behind these, and only who comes or finds another match is looked at. Knows prompts, pages, and a
+clock of computed prompt tokens, for which a subclass may put another; a subclass may also rank
+those who wait by something else for a while.
 """
 
 import math
@@ -23,7 +24,7 @@ from ..ranking import Ranking
 FIRST_SIZE: Final = 64
 
 Key = tuple[float, RequestNumber]
-"""How a request stands: its ratio, negated, and its number, which grows with arrival."""
+"""How a request stands: its rank, and its number, which grows with arrival."""
 
 NOBODY: Final = (-math.inf, -1)
 EVERYBODY: Final = (math.inf, 0)
@@ -38,6 +39,10 @@ class _Request:
     num_prompt_tokens: int
     page_keys: tuple[bytes, ...]
     made: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.made
 
 
 class _Rows:
@@ -139,15 +144,17 @@ class _Matches(PromptTree[_Home]):
 class ResponseRatio:
     """Base of orders by response ratio, largest first, ties by arrival.
 
-    Waiting starts at arrival, also for preempted requests, so that these do not fall back. Running
-    requests stand by the same ratio, the uncached tokens being those that their admission found.
+    `fixed_tokens` are added to everybody's uncached tokens, 0 or more. Without them who has nothing
+    to compute goes first. Waiting starts at arrival, also for preempted requests, so that these do
+    not fall back. Running requests stand by the same ratio, the uncached tokens being those that
+    their admission found.
     """
 
     num_chosen: ClassVar[int] = 64
-    """How many with the largest ratios are looked for at once."""
+    """How many with the smallest ranks are looked for at once."""
 
-    def __init__(self, *, page_size: int):
-        self._page_size = page_size
+    def __init__(self, *, page_size: int, fixed_tokens: float = 0.0):
+        self._page_size, self._fixed_tokens = page_size, fixed_tokens
         self._waiting, self._running = _Rows(), _Rows()
         self._matches = _Matches(self._waiting, page_size)
         self._requests: dict[RequestNumber, _Request] = {}
@@ -178,6 +185,17 @@ class ResponseRatio:
             return self._clock
         return self._clock + sum([num_prompt for _, num_prompt, _ in event.ran])
 
+    def ranks(self) -> np.ndarray:
+        """Where all who wait stand, [N] by row, the smallest first: by ratio."""
+        return -self._waiting_ratios()
+
+    def rank(self, number: RequestNumber) -> float:
+        """The same number of one who waits."""
+        request = self._requests[number]
+        uncached = request.num_tokens - self._matches.match(number) * self._page_size
+        cost = uncached + self._fixed_tokens
+        return -max(0.0, self._clock - request.came) / cost if cost > 0 else -math.inf
+
     def on(self, event: Event) -> None:
         take = self._takes.get(type(event))
         if take is not None:
@@ -192,7 +210,7 @@ class ResponseRatio:
         for _, number in self._chosen.ascending():
             yield number
         if len(self._chosen) < len(self._waiting):
-            for number in _sorted(self._waiting.numbers, self._waiting_ratios()):
+            for number in _sorted(self._waiting.numbers, self.ranks()):
                 if number not in self._key_of:
                     yield number
 
@@ -200,7 +218,8 @@ class ResponseRatio:
         """Largest ratio in front, so that the smallest gives way first."""
         if self._sorted is None:
             rows = self._running
-            self._sorted = _sorted(rows.numbers, _ratios(self._clock - rows.came, rows.tokens))
+            costs = rows.tokens + self._fixed_tokens
+            self._sorted = _sorted(rows.numbers, -_ratios(self._clock - rows.came, costs))
         return list(self._sorted)
 
     def ratios(self) -> dict[RequestNumber, float]:
@@ -211,7 +230,7 @@ class ResponseRatio:
     def _waiting_ratios(self) -> np.ndarray:
         rows = self._waiting
         uncached = rows.tokens - self._matches.cached[rows.places]
-        return _ratios(self._clock - rows.came, uncached)
+        return _ratios(self._clock - rows.came, uncached + self._fixed_tokens)
 
     # Requests.
 
@@ -248,7 +267,7 @@ class ResponseRatio:
         del self._requests[number]
 
     def _queue(self, number: RequestNumber, request: _Request, num_cached: int) -> None:
-        self._waiting.add(number, request.came, request.num_prompt_tokens + request.made)
+        self._waiting.add(number, request.came, request.num_tokens)
         self._matches.add(number, request.page_keys, num_cached)
         self._place(number)
 
@@ -286,22 +305,18 @@ class ResponseRatio:
             self._place(number)
 
     def _choose(self) -> None:
-        numbers, ratios, most = self._waiting.numbers, self._waiting_ratios(), self.num_chosen
+        numbers, ranks, most = self._waiting.numbers, self.ranks(), self.num_chosen
         if len(numbers) > most:
-            chosen = _largest(numbers, ratios, most)
-            numbers, ratios = numbers[chosen], ratios[chosen]
-        keys = sorted(zip((-ratios).tolist(), numbers.tolist(), strict=True))
+            chosen = _smallest(numbers, ranks, most)
+            numbers, ranks = numbers[chosen], ranks[chosen]
+        keys = sorted(zip(ranks.tolist(), numbers.tolist(), strict=True))
         self._key_of = {key[1]: key for key in keys}
         self._chosen = Ranking.of({key: key[1] for key in keys})
         self._last = keys[-1] if len(keys) < len(self._waiting) else EVERYBODY
 
     def _place(self, number: RequestNumber) -> None:
         """Let a request stand among the chosen, unless it is behind them."""
-        request = self._requests[number]
-        tokens = request.num_prompt_tokens + request.made
-        uncached = tokens - self._matches.match(number) * self._page_size
-        waited = max(0.0, self._clock - request.came)
-        key = (-waited / uncached if uncached > 0 else -math.inf, number)
+        key = (self.rank(number), number)
         if key <= self._last:
             self._key_of[number] = key
             self._chosen.put(key, number)
@@ -315,28 +330,29 @@ class ResponseRatio:
         self._chosen, self._key_of, self._last = Ranking(), {}, NOBODY
 
 
-def _ratios(waited: np.ndarray, uncached: np.ndarray) -> np.ndarray:
-    """Response ratios less 1, [N]: the 1 would blur small differences. Nothing uncached: infinite.
+def _ratios(waited: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Response ratios less 1, [N]: the 1 would blur small differences. Where nothing is to be
+    computed, and that costs nothing: infinite.
 
     Who came after the clock was last set has not waited.
     """
     ratios = np.full(len(waited), np.inf)
-    np.divide(np.maximum(waited, 0.0), uncached, out=ratios, where=uncached > 0)
+    np.divide(np.maximum(waited, 0.0), costs, out=ratios, where=costs > 0)
     return ratios
 
 
-def _largest(numbers: np.ndarray, ratios: np.ndarray, most: int) -> np.ndarray:
-    """Where the `most` largest ratios are, the smallest numbers of equal ones; `most` < N."""
-    least = np.partition(ratios, -most)[-most]
-    larger, equal = np.flatnonzero(ratios > least), np.flatnonzero(ratios == least)
-    left = most - len(larger)
+def _smallest(numbers: np.ndarray, ranks: np.ndarray, most: int) -> np.ndarray:
+    """Where the `most` smallest ranks are, the smallest numbers of equal ones; `most` < N."""
+    largest = np.partition(ranks, most - 1)[most - 1]
+    smaller, equal = np.flatnonzero(ranks < largest), np.flatnonzero(ranks == largest)
+    left = most - len(smaller)
     if left < len(equal):
         equal = equal[np.argpartition(numbers[equal], left)[:left]]
-    return np.concatenate([larger, equal])
+    return np.concatenate([smaller, equal])
 
 
-def _sorted(numbers: np.ndarray, ratios: np.ndarray) -> list[RequestNumber]:
-    return numbers[np.lexsort((numbers, -ratios))].tolist()
+def _sorted(numbers: np.ndarray, ranks: np.ndarray) -> list[RequestNumber]:
+    return numbers[np.lexsort((numbers, ranks))].tolist()
 
 
 def _doubled(column: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Orders as the engine core meets them: refusals on arrival, and requests that do not fit."""
+"""Orders as the engine core meets them: refusals on arrival, requests that do not fit, and free
+memory."""
 
 from dataclasses import replace
 
@@ -157,3 +158,30 @@ def test_everybody_is_served_under_every_setting_of_dlpm(options, num_pages, see
         )
         names += [f"r{place}"] * params.n
     assert sorted(run(core)) == sorted(names)
+
+
+# ------------------------------------------------------------------------------------ free memory
+
+
+@pytest.mark.parametrize(("gate", "first"), [("0", "runs"), ("0.5", "small")])
+def test_a_small_request_goes_first_while_memory_is_short_on_wish(gate, first) -> None:
+    core = make_core(
+        num_pages=16,
+        admission="reserve_max",
+        order="larry",
+        order_options=(f"kv_gate={gate}",),
+    )
+    for name, tokens, output in (("runs", 60, 40), ("large", 60, 16), ("small", 8, 2)):
+        core.submit(request(name, tokens, params=dict(max_tokens=output)), 0.0)
+    ended = run(core)
+    assert ended[0] == first and sorted(ended) == ["large", "runs", "small"]
+
+
+def test_cached_pages_that_nobody_reads_count_as_free() -> None:
+    core = make_core(num_pages=16, max_rows=1, order="larry", order_options=("kv_gate=1",))
+    keys = page_keys(request("first", 60).prompt, page_size=8, scope="all", model="test")
+    core.submit(request("first", 60, page_keys=tuple(keys), scope="all"), 0.0)
+    assert run(core) == ["first"] and core.pool.statistics().evictable
+    core.submit(request("large", 60), 0.0)
+    core.submit(request("small", 8), 0.0)
+    assert run(core) == ["large", "small"]

@@ -47,15 +47,50 @@ def tell(order: Order, *events: Event) -> None:
 # --------------------------------------------------------------------------------- response ratio
 
 
-def test_larrys_worked_case() -> None:
-    """papers.md 2.3: X waited 2 s for 0.5 s, Y 6 s for 3 s, Z 1 s for 0.1 s."""
-    order = Larry(LarryParameters(prefill_rate=1000.0), page_size=PAGE)
+@pytest.mark.parametrize("fixed", [0, 50])
+def test_larrys_worked_case(fixed) -> None:
+    """papers.md 2.3: X waited 2 s for 0.5 s, Y 6 s for 3 s, Z 1 s for 0.1 s; at 1 ms a token, all
+    of it for tokens, or 50 ms for none."""
+    parameters = LarryParameters(prefill_s=fixed / 1000, prefill_rate=1000.0)
+    order = Larry(parameters, page_size=PAGE)
     x, y, z = 2, 1, 3
-    tell(order, arrive(y, 0.0, 3000), arrive(x, 4.0, 500), arrive(z, 5.0, 100), Tick(6.0))
+    tokens = {x: 500 - fixed, y: 3000 - fixed, z: 100 - fixed}
+    tell(order, *(arrive(n, at_s, tokens[n]) for n, at_s in ((y, 0.0), (x, 4.0), (z, 5.0))))
+    order.on(Tick(6.0))
     assert order.ratios() == {x: 5.0, y: 3.0, z: 11.0}
     assert list(order.waiting()) == [z, x, y] and order.next() == z
-    tell(order, Admit(z, 100), Admit(x, 500), Admit(y, 3000))
+    tell(order, *(Admit(n, tokens[n]) for n in (z, x, y)))
     assert order.running() == [z, x, y]  # the smallest ratio gives way first
+
+
+@pytest.mark.parametrize("clock", ["time", "tokens"])
+def test_larry_adds_what_a_prefill_costs_whatever_its_length(clock) -> None:
+    """10 ms at 2,000 tokens/s are 20 tokens, on both clocks. A cached prompt costs them too."""
+    parameters = LarryParameters(clock=clock, prefill_s=0.01, prefill_rate=2000.0)
+    order = Larry(parameters, page_size=PAGE)
+    tell(order, arrive(1, tokens=60), Admit(1, 60), arrive(2, tokens=40))
+    tell(order, arrive(3, tokens=PAGE, page_keys=(b"x",), num_cached=1))
+    tell(order, Enact([(1, 60, 0)]), Tick(0.03))
+    assert order.ratios() == {2: 2.0, 3: 4.0}
+
+
+def test_larry_prefers_small_kv_needs_while_less_than_its_gate_is_free() -> None:
+    """A preempted request needs room for what it made, and a cached prompt for all of it."""
+    order = Larry(LarryParameters(kv_gate=0.25), page_size=PAGE)
+    keys = tuple(b"%d" % page for page in range(3))
+    tell(order, arrive(1, 0.0, 6), Admit(1, 6), Enact([(1, 6, 7)]))
+    tell(order, arrive(2, 0.0, 20), arrive(3, 0.0, 12, page_keys=keys, num_cached=3))
+    tell(order, arrive(4, 7.0, 12), Preempt(1), Tick(8.0, 0.25))
+    by_ratio = [3, 1, 2, 4]
+    assert list(order.waiting()) == by_ratio and order.next() == 3
+    order.on(Tick(8.0, 0.24))
+    assert list(order.waiting()) == [3, 4, 1, 2]
+    tell(order, arrive(5, 8.0, 5))
+    assert list(order.waiting()) == [5, 3, 4, 1, 2] and order.next() == 5
+    tell(order, Admit(5, 5), Admit(2, 20))
+    assert order.running() == [2, 5]  # by ratio all the same
+    order.on(Tick(8.0, 0.3))
+    assert list(order.waiting()) == [3, 1, 4] and order.next() == 3
 
 
 def test_hrrn_counts_the_prompt_tokens_that_were_computed_meanwhile() -> None:
@@ -93,8 +128,8 @@ def test_who_came_after_the_last_tick_has_not_waited() -> None:
     assert order.ratios() == {1: 1.0, 2: 1.0} and order.next() == 1
 
 
-def test_larry_on_the_token_clock_is_hrrn() -> None:
-    larry = Larry(LarryParameters(clock="tokens"), page_size=PAGE)
+def test_larry_on_the_token_clock_without_a_fixed_part_is_hrrn() -> None:
+    larry = Larry(LarryParameters(clock="tokens", prefill_s=0.0), page_size=PAGE)
     hrrn = Hrrn(page_size=PAGE)
     for order in (larry, hrrn):
         tell(order, arrive(1), Admit(1, 10), arrive(2, tokens=7), Enact([(1, 10, 0)]), Tick(3.0))
@@ -110,8 +145,9 @@ def test_what_a_preempted_request_made_is_prompt_and_its_wait_goes_on() -> None:
 @given(
     works=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=30),
     clock=st.sampled_from(["time", "tokens"]),
+    prefill_s=st.sampled_from([0.0, 0.004, 0.3]),
 )
-def test_equal_estimates_make_response_ratio_fcfs(works, clock) -> None:
+def test_equal_estimates_make_response_ratio_fcfs(works, clock, prefill_s) -> None:
     def run(order: Order) -> list[int]:
         engine = ToyEngine(order, slots=2)
         for number, (output, pause) in enumerate(works, 1):
@@ -124,7 +160,8 @@ def test_equal_estimates_make_response_ratio_fcfs(works, clock) -> None:
             engine.step()
         return engine.admitted
 
-    assert run(Larry(LarryParameters(clock=clock), page_size=PAGE)) == run(Fcfs())
+    parameters = LarryParameters(clock=clock, prefill_s=prefill_s)
+    assert run(Larry(parameters, page_size=PAGE)) == run(Fcfs())
 
 
 def long_starves(order: Order, *, newcomers: int) -> bool:
@@ -200,6 +237,9 @@ def test_the_earliest_deadline_is_first_and_none_is_last() -> None:
         (PriorityParameters, {"age_s": "-1"}, "age_s: got -1.0; allowed: 0 or more"),
         (PriorityParameters, {"age_s": "inf"}, "age_s: got inf; allowed: 0 or more"),
         (LarryParameters, {"prefill_rate": "0"}, "prefill_rate: got 0.0; allowed: a positive num"),
+        (LarryParameters, {"prefill_s": "-1"}, "prefill_s: got -1.0; allowed: 0 or more"),
+        (LarryParameters, {"kv_gate": "1.1"}, r"kv_gate: got 1.1; allowed: a number in \[0, 1\]"),
+        (LarryParameters, {"kv_gate": "nan"}, "kv_gate: got nan; allowed"),
         (LarryParameters, {"clock": "sun"}, "clock: got 'sun'; allowed: time, tokens"),
     ],
 )
@@ -271,6 +311,7 @@ class World:
     running: set[int] = field(default_factory=set)
     cached: set[bytes] = field(default_factory=set)
     now_s: int = 0
+    free_share: float = 1.0
     computed: int = 0
     num_moves: int = 0
     since: dict[bytes, int] = field(default_factory=dict)
@@ -320,7 +361,8 @@ class World:
                 self.order.on(Abort(number))
             case "tick":
                 self.now_s += pick
-                self.order.on(Tick(float(self.now_s)))
+                self.free_share = len(letters) / 5
+                self.order.on(Tick(float(self.now_s), self.free_share))
             case "store" if self.match(keys) < len(keys):
                 known = self.match(keys)
                 self.cached.update(keys)
@@ -375,14 +417,35 @@ MOVES = st.lists(
 Sort = Callable[[World, int], tuple]
 
 
-def by_ratio(waited: Callable[[World, Known], int]) -> Sort:
+def by_ratio(waited: Callable[[World, Known], int], fixed: Fraction = Fraction(0)) -> Sort:
     def key(world: World, number: int) -> tuple:
         known = world.requests[number]
         uncached = known.extend if number in world.running else world.uncached(number)
-        ratio = Fraction(waited(world, known), uncached) if uncached else Fraction(10**9)
+        cost = uncached + fixed
+        ratio = waited(world, known) / cost if cost else Fraction(10**9)
         return (-ratio, number)
 
     return key
+
+
+def by_need_below(gate: float, sort: Sort) -> Sort:
+    """Who waits by `sort`, but by need while less than `gate` is free."""
+
+    def key(world: World, number: int) -> tuple:
+        if number in world.running or world.free_share >= gate:
+            return sort(world, number)
+        known = world.requests[number]
+        return (known.event.num_prompt_tokens + known.made, number)
+
+    return key
+
+
+def seconds_by_three(world: World, known: Known) -> int:
+    return 3 * int(world.now_s - known.event.arrived_s)
+
+
+def tokens_since(world: World, known: Known) -> int:
+    return world.computed - known.came_tokens
 
 
 def by_class(age_s: int) -> Sort:
@@ -445,21 +508,23 @@ class CrowdedDfs(PrefixOrder[WeightedTree]):
 
 
 ORDERS: dict[str, tuple[Callable[[], Order], Sort]] = {
-    "hrrn": (
-        lambda: Hrrn(page_size=PAGE),
-        by_ratio(lambda world, known: world.computed - known.came_tokens),
-    ),
+    "hrrn": (lambda: Hrrn(page_size=PAGE), by_ratio(tokens_since)),
+    "hrrn, few at once": (lambda: HrrnByTwo(page_size=PAGE), by_ratio(tokens_since)),
     "larry": (
-        lambda: Larry(LarryParameters(prefill_rate=3.0), page_size=PAGE),
-        by_ratio(lambda world, known: 3 * int(world.now_s - known.event.arrived_s)),
+        lambda: Larry(LarryParameters(prefill_s=0.0, prefill_rate=3.0), page_size=PAGE),
+        by_ratio(seconds_by_three),
     ),
-    "hrrn, few at once": (
-        lambda: HrrnByTwo(page_size=PAGE),
-        by_ratio(lambda world, known: world.computed - known.came_tokens),
+    "larry, fixed part, few at once": (
+        lambda: LarryByThree(LarryParameters(prefill_s=0.5, prefill_rate=3.0), page_size=PAGE),
+        by_ratio(seconds_by_three, Fraction(3, 2)),
     ),
-    "larry, few at once": (
-        lambda: LarryByThree(LarryParameters(prefill_rate=3.0), page_size=PAGE),
-        by_ratio(lambda world, known: 3 * int(world.now_s - known.event.arrived_s)),
+    "larry, gate": (
+        lambda: Larry(LarryParameters("time", 0.5, 3.0, kv_gate=0.5), page_size=PAGE),
+        by_need_below(0.5, by_ratio(seconds_by_three, Fraction(3, 2))),
+    ),
+    "larry, tokens, gate, few at once": (
+        lambda: LarryByThree(LarryParameters("tokens", 0.5, 3.0, kv_gate=0.7), page_size=PAGE),
+        by_need_below(0.7, by_ratio(tokens_since, Fraction(3, 2))),
     ),
     "priority": (Priority, by_class(0)),
     "priority, ageing": (lambda: Priority(PriorityParameters(age_s=4.0)), by_class(4)),
