@@ -12,11 +12,11 @@ is what its bound speaks of; any other one by service without cached tokens.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Ran, RequestNumber, Tick
+from .events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
 from .order.base import Extremes, FairOrder, Order
 from .order.charges import KNOWN_CLIENT_S, Prices
 
@@ -109,6 +109,7 @@ class ServiceMeter:
         self.order = order
         fair = order if isinstance(order, FairOrder) else None
         self._fair = fair
+        self._tell = order.on
         self._prices = DEFAULT_PRICES if fair is None else fair.prices
         self._served = self._uncached if fair is None else lambda client: fair.charged(client.name)
         self._clients: dict[str, _Client] = {}
@@ -118,7 +119,7 @@ class ServiceMeter:
         self._now_s = 0.0
         self._prompt = self._extend = self._output = self._refund = self._rows = 0
         self._handlers: dict[type, Callable[[Any], None]] = {
-            Enact: lambda event: self._enact(event.ran),
+            Enact: self._enact,
             Arrive: self._arrive,
             Admit: self._admit,
             Preempt: self._preempt,
@@ -130,7 +131,7 @@ class ServiceMeter:
     # The order.
 
     def on(self, event: Event) -> None:
-        self.order.on(event)
+        self._tell(event)
         handler = self._handlers.get(type(event))
         if handler is not None:
             handler(event)
@@ -259,9 +260,9 @@ class ServiceMeter:
         self._extend = max(self._extend, extend)
         self._rows = max(self._rows, client.running)
 
-    def _enact(self, ran: Sequence[Ran]) -> None:
+    def _enact(self, event: Enact) -> None:
         requests = self._requests
-        for number, num_prompt, num_output in ran:
+        for number, num_prompt, num_output in event.ran:
             request = requests[number]
             if num_prompt:
                 before = request.unrun

@@ -80,7 +80,8 @@ class EngineCore:
         self.admission = make_admission(scheduler.admission, scheduler.admission_options)
         self.slicing = scheduler.make_slicing(max_context=config.limits.max_context)
         self.victim_key = victim_key(scheduler.victim)
-        self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=self.order.on)
+        # What the cache holds is nothing to the meter.
+        self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=order.on)
         self.jobs: dict[int, Job] = {}
         self._number_of: dict[str, int] = {}
         self._last_job = 0
