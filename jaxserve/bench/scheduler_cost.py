@@ -11,7 +11,7 @@ again, as far as the order knows: the change that touches everybody who waits.
 
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -67,11 +67,17 @@ class _Timed:
     def __init__(self, order: Order):
         self._order = order
         self.seconds = 0.0
+        self.on = self.timed(order.on)
 
-    def on(self, event: Event) -> None:
-        began_s = time.perf_counter()
-        self._order.on(event)
-        self.seconds += time.perf_counter() - began_s
+    def timed(self, on: Callable[[Any], None]) -> Callable[[Any], None]:
+        """`on`, on this clock."""
+
+        def timed_on(event: Event) -> None:
+            began_s = time.perf_counter()
+            on(event)
+            self.seconds += time.perf_counter() - began_s
+
+        return timed_on
 
     def next(self) -> int | None:
         began_s = time.perf_counter()
@@ -135,7 +141,7 @@ def measure(
         core.submit(request, 0.0)
     timed = _Timed(core.order)
     core.order = timed
-    core.pool.tree.on_change = timed.on
+    core.pool.tree.on_change = timed.timed(core.pool.tree.on_change)
     order_s, cycle_s = _run(core, timed, load, num_cycles)
     return SchedulerCost(
         order=order,
@@ -194,8 +200,8 @@ def _run(
         plan: Any = core.next_slice(now_s)
         packer.pack(plan)
         if cycle % CHANGE_EVERY == 0:
-            timed.on(Removed(0, load.shared_keys[::-1]))
-            timed.on(Stored(0, NO_PARENT, load.shared_keys))
+            core.pool.tree.on_change(Removed(0, load.shared_keys[::-1]))
+            core.pool.tree.on_change(Stored(0, NO_PARENT, load.shared_keys))
         host_s = time.perf_counter() - began_s
         result = executor.wait(executor.dispatch(plan))
         began_s = time.perf_counter()
