@@ -67,7 +67,10 @@ class _Timed:
     def __init__(self, order: Order):
         self._order = order
         self.seconds = 0.0
-        self.on = self.timed(order.on)
+        self._on = self.timed(order.on)
+
+    def on(self, event: Event) -> None:
+        self._on(event)
 
     def timed(self, on: Callable[[Any], None]) -> Callable[[Any], None]:
         """`on`, on this clock."""
