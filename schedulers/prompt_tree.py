@@ -177,13 +177,13 @@ class PromptTree(ABC, Generic[SomeHome]):
         if self._at.keys().isdisjoint(change.keys):
             return  # mostly: and this is the fastest way to know
         # Children come before parents, so that the last key of a run to go says what is left of it.
-        left: dict[Node, int] = {}
+        last: dict[Node, bytes] = {}
         for key in change.keys:
             node = self._at.get(key)
             if node is not None:
-                left[node] = node.run.index(key)
-        for node, cached in left.items():
-            self._set_cached(node, cached)
+                last[node] = key
+        for node, key in last.items():
+            self._set_cached(node, node.run.index(key))
 
     def _cleared(self, change: Cleared) -> None:
         # Deepest first, as evictions come.
@@ -275,6 +275,7 @@ class PromptTree(ABC, Generic[SomeHome]):
                 del self._at[key]
             del node.home.above.below[node.home]
             self._unmake_home(node.home)
+        node.home = None  # which knows the node: both shall go at once, and not by way of a cycle
 
 
 def way_up(node: Node | None) -> Iterator[Node]:

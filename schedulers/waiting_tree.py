@@ -139,6 +139,9 @@ class WaitingTree(PromptTree[_Home]):
     def _rematched(self, home: _Home, before: int) -> None:
         self._sorted_by.setdefault(home, before)
 
+    def _unmake_home(self, home: _Home) -> None:
+        self._sorted_by.pop(home, None)
+
     def _sort_anew(self) -> None:
         """Sort in anew the homes whose match has changed."""
         for home, match in self._sorted_by.items():
