@@ -18,12 +18,10 @@ from typing import Any, Final
 
 from .events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
 from .order.base import Extremes, FairOrder, Order
-from .order.charges import KNOWN_CLIENT_S, Prices
+from .order.charges import MOST_IDLE, IdleClients, Prices
 
 DEFAULT_PRICES: Final = Prices(w_in=1.0, w_out=2.0, price_cached=0.0)
 """Of orders that charge nobody."""
-MOST_IDLE: Final = 1000
-"""Clients without requests that are remembered: names that requests make up may be many."""
 MOST_COMPARED: Final = 64
 """Clients whose service is compared: each that joins costs a look at all of them."""
 
@@ -60,7 +58,7 @@ class ServiceWindow:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """Its tokens, and how many of its requests wait and run. `idle_s` says since when none does."""
+    """Its tokens, and how many of its requests wait and run."""
 
     name: str
     weight: float
@@ -69,7 +67,6 @@ class _Client:
     output: int = 0
     waiting: int = 0
     running: int = 0
-    idle_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +110,7 @@ class ServiceMeter:
         self._prices = DEFAULT_PRICES if fair is None else fair.prices
         self._served = self._uncached if fair is None else lambda client: fair.charged(client.name)
         self._clients: dict[str, _Client] = {}
-        self._idle: dict[str, _Client] = {}  # longest first
+        self._idle = IdleClients(self._clients.pop)
         self._requests: dict[RequestNumber, _Request] = {}
         self._stays: dict[str, _Stay] = {}  # longest first
         self._now_s = 0.0
@@ -228,18 +225,14 @@ class ServiceMeter:
 
     def _tick(self, event: Tick) -> None:
         self._now_s = event.now_s
-        while self._idle:
-            oldest = next(iter(self._idle.values()))
-            if event.now_s - oldest.idle_s < KNOWN_CLIENT_S:
-                return
-            self._forget(oldest)
+        self._idle.tick(event.now_s)
 
     def _arrive(self, event: Arrive) -> None:
         self._now_s = max(self._now_s, event.arrived_s)
         client = self._clients.get(event.client)
         if client is None:
             client = self._clients[event.client] = _Client(event.client, event.weight)
-        self._idle.pop(client.name, None)
+        self._idle.discard(client.name)
         if client.weight != event.weight:  # a key's may have changed
             client.weight = event.weight
             self._stays.pop(client.name, None)
@@ -286,10 +279,7 @@ class ServiceMeter:
         else:
             self._leave(client)
         if not client.waiting and not client.running:
-            client.idle_s = self._now_s
-            self._idle[client.name] = client
-            if len(self._idle) > MOST_IDLE:
-                self._forget(next(iter(self._idle.values())))
+            self._idle.add(client.name, self._now_s)
 
     def _stop(self, request: _Request) -> None:
         # Samples run the prompt's last token each, beyond what was announced.
@@ -298,9 +288,6 @@ class ServiceMeter:
         self._refund = max(self._refund, request.unrun)
         request.running, request.fresh = False, 0
         request.client.running -= 1
-
-    def _forget(self, client: _Client) -> None:
-        del self._idle[client.name], self._clients[client.name]
 
     # Who waits.
 

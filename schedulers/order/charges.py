@@ -5,7 +5,7 @@ again, but on wish, and what was charged but never run is given back.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
@@ -15,6 +15,11 @@ Owner = TypeVar("Owner")
 
 KNOWN_CLIENT_S: Final = 3600.0
 """A client that was away longer is a newcomer: names that requests make up must not add up."""
+MOST_IDLE: Final = 1000
+"""Clients without requests that are remembered; the longest idle is forgotten first.
+
+That takes what credit it has, or forgives what it owes: no more than a new name would.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,36 @@ class Prices:
     price_cached: float
     at_enactment: bool = False
     recharge: bool = False
+
+
+class IdleClients:
+    """Who is remembered without having requests, by name, longest idle first."""
+
+    def __init__(self, forget: Callable[[str], object]):
+        self._forget = forget
+        self._since_s: dict[str, float] = {}
+
+    def add(self, client: str, now_s: float) -> None:
+        """The client's last request is over. It may be one too many to remember."""
+        self._since_s[client] = now_s
+        if len(self._since_s) > MOST_IDLE:
+            self._drop_first()
+
+    def discard(self, client: str) -> None:
+        """The client has a request."""
+        self._since_s.pop(client, None)
+
+    def tick(self, now_s: float) -> None:
+        """Forget who was away too long."""
+        while self._since_s:
+            if now_s - next(iter(self._since_s.values())) < KNOWN_CLIENT_S:
+                return
+            self._drop_first()
+
+    def _drop_first(self) -> None:
+        client = next(iter(self._since_s))
+        del self._since_s[client]
+        self._forget(client)
 
 
 class Bill(NamedTuple):

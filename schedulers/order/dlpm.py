@@ -36,7 +36,7 @@ from ..parameters import not_negative, positive, require
 from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
 from .base import Extremes
-from .charges import KNOWN_CLIENT_S, NOTHING, Bill, Charges, Prices
+from .charges import NOTHING, Bill, Charges, IdleClients, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,6 @@ class _Client:
     name: str
     quantum: float
     credit: float
-    last_seen_s: float
     held: float = 0.0
     charged: float = 0.0
     since: Ranking[RequestNumber, float] = field(default_factory=Ranking)
@@ -124,6 +123,9 @@ class Dlpm:
         )
         self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
+        self._queued: dict[_Client, None] = {}  # those with a queue
+        self._without: dict[_Client, None] = {}  # those that are known and have no credit
+        self._idle = IdleClients(self._forget)
         self._tree = WaitingTree()  # a lane per client
         self._ready: Ranking[Any, _Client] = Ranking()  # those with credit and a queue
         self._moved: dict[_Client, None] = {}  # who may stand elsewhere now, until somebody asks
@@ -154,7 +156,7 @@ class Dlpm:
 
     def next(self) -> RequestNumber | None:
         self._settle()
-        if not self._ready:
+        if not self._ready and self._queued:
             self._refill()
             self._settle()
         return self._ready.least()[-1] if self._ready else None
@@ -163,7 +165,7 @@ class Dlpm:
         """Client by client, those with credit first; who follows an admission is not foreseen."""
         self._settle()
         ready = (self._ready[key] for key in self._ready.ascending())
-        others = (client for client in self._clients.values() if client.key is None)
+        others = (client for client in self._queued if client.key is None)
         for client in chain(ready, others):
             yield from (rank[-1] for rank in self._tree.ranks(client.name))
 
@@ -199,22 +201,18 @@ class Dlpm:
 
     def _refill(self) -> None:
         """As few rounds as give somebody who waits credit, to every known client without."""
-        runs_count = self._parameters.refill_scope == "queued_or_running"
-        active = [
-            client
-            for client in self._clients.values()
-            if client.since or (runs_count and client.num_running)
-        ]
-        if any(client.free_credit > 0 for client in active):
+        active = set(self._queued)
+        if self._parameters.refill_scope == "queued_or_running":
+            active.update(self._running.values())
+        if not active <= self._without.keys():
             return
-        if all(not client.since or self._next_key(client) is None for client in active):
+        if all(self._next_key(client) is None for client in self._queued):
             return  # the scan comes to nobody
         rounds = min(client.rounds for client in active)
-        for client in self._clients.values():
-            if client.free_credit <= 0:
-                client.credit += min(rounds, client.rounds) * client.quantum
-                self._sorted = None
-                self._place(client)
+        for client in list(self._without):
+            client.credit += min(rounds, client.rounds) * client.quantum
+            self._sorted = None
+            self._note_credit(client)
 
     def _charge(self, client: _Client, bill: Bill) -> None:
         if bill is NOTHING:
@@ -225,7 +223,18 @@ class Dlpm:
         client.charged += bill.charge + bill.hold
         self._sorted = None
         if had_credit is not (client.credit > client.held):
-            self._place(client)
+            self._note_credit(client)
+
+    def _note_credit(self, client: _Client) -> None:
+        """The client may have credit now, or none."""
+        if client.free_credit > 0:
+            self._without.pop(client, None)
+        else:
+            self._without[client] = None
+        self._place(client)
+
+    def _forget(self, name: str) -> None:
+        self._without.pop(self._clients.pop(name), None)
 
     # Requests.
 
@@ -238,10 +247,12 @@ class Dlpm:
         quantum = event.weight * self._parameters.quantum
         if client is None:
             credit = quantum if self._parameters.new_client_credit == "quantum" else 0.0
-            client = _Client(event.client, quantum, credit, event.arrived_s)
-            self._clients[client.name] = client
+            client = self._clients[event.client] = _Client(event.client, quantum, credit)
+            self._note_credit(client)
+        self._idle.discard(client.name)
         if quantum != client.quantum:  # a key's weight may have changed
             client.quantum, client.credit = quantum, min(client.credit, quantum)
+            self._note_credit(client)
         self._arrivals[event.number] = event
         self._charges.arrived(event.number, event.num_prompt_tokens)
         self._queue(client, event, event.num_cached)
@@ -249,18 +260,24 @@ class Dlpm:
     def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:
         self._tree.add((event.number,), event.page_keys, num_cached, lane=client.name)
         client.since.put(event.number, event.arrived_s)
+        self._queued[client] = None
+        self._place(client)
+
+    def _unqueue(self, client: _Client, number: RequestNumber) -> None:
+        self._tree.remove((number,))
+        del client.since[number]
+        if not client.since:
+            del self._queued[client]
         self._place(client)
 
     def _admit(self, event: Admit) -> None:
         number = event.number
         client = self._clients[self._arrivals[number].client]
         self._scan_to(number)
-        self._tree.remove((number,))
-        del client.since[number]
+        self._unqueue(client, number)
         client.num_running += 1
         self._running[number] = client
         self._charge(client, self._charges.admitted(number, event.num_extend_tokens))
-        self._place(client)
 
     def _stop(self, number: RequestNumber) -> _Client:
         client = self._running.pop(number)
@@ -279,12 +296,11 @@ class Dlpm:
             client = self._stop(number)
         else:
             client = self._clients[self._arrivals[number].client]
-            self._tree.remove((number,))
-            del client.since[number]
-            self._place(client)
-        client.last_seen_s = self._now_s
+            self._unqueue(client, number)
         del self._arrivals[number]
         self._charges.forget(number)
+        if not client.since and not client.num_running:
+            self._idle.add(client.name, self._now_s)
 
     def _misfit(self, event: Misfit) -> None:
         """For the rest of the pass the scan is past it; where it ends the pass, nothing changes."""
@@ -305,17 +321,12 @@ class Dlpm:
             self._place(client)
 
     def _tick(self, event: Tick) -> None:
-        now_s = self._now_s = event.now_s
+        self._now_s = event.now_s
         self._begin_pass()
         if self._parameters.client_age_limit_s:
-            for client in self._clients.values():
+            for client in self._queued:
                 self._place(client)
-        oldest = next(iter(self._clients.values()), None)
-        if oldest is not None and not oldest.since and not oldest.num_running:
-            # One a tick, in turn: cheap, and soon enough.
-            del self._clients[oldest.name]
-            if now_s - oldest.last_seen_s < KNOWN_CLIENT_S:
-                self._clients[oldest.name] = oldest
+        self._idle.tick(event.now_s)
 
     # The index.
 

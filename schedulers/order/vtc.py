@@ -12,7 +12,7 @@ from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Reques
 from ..parameters import not_negative
 from ..ranking import Ranking
 from .base import Extremes
-from .charges import KNOWN_CLIENT_S, Bill, Charges, Prices
+from .charges import Bill, Charges, IdleClients, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ class _Client:
     charged: float = 0.0
     waiting: Ranking[RequestNumber, None] = field(default_factory=Ranking)
     num_requests: int = 0
-    last_seen_s: float = 0.0
 
 
 class Vtc:
@@ -61,6 +60,7 @@ class Vtc:
         self.prices = Prices(known.w_in, known.w_out, known.price_cached)
         self._charges = Charges(self.prices)
         self._clients: dict[str, _Client] = {}
+        self._idle = IdleClients(self._clients.pop)
         # By counter and name, those with a queue.
         self._queued: Ranking[tuple[float, str], _Client] = Ranking()
         self._arrivals: dict[RequestNumber, Arrive] = {}
@@ -127,18 +127,14 @@ class Vtc:
         return 2 * (prompt + output + refund) / seen.least_weight
 
     def _tick(self, event: Tick) -> None:
-        now_s = self._now_s = event.now_s
-        oldest = next(iter(self._clients.values()), None)
-        if oldest is not None and not oldest.num_requests:
-            # One a tick, in turn: cheap, and soon enough.
-            del self._clients[oldest.name]
-            if now_s - oldest.last_seen_s < KNOWN_CLIENT_S:
-                self._clients[oldest.name] = oldest
+        self._now_s = event.now_s
+        self._idle.tick(event.now_s)
 
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
         if client is None:
             client = self._clients[event.client] = _Client(event.client, event.weight)
+        self._idle.discard(client.name)
         client.weight = event.weight  # a key's may have changed
         self._arrivals[event.number] = event
         self._charges.arrived(event.number, event.num_prompt_tokens)
@@ -208,8 +204,14 @@ class Vtc:
             self._leave(client, number)
         self._charges.forget(number)
         client.num_requests -= 1
-        client.last_seen_s = self._now_s
-        # One that the lift would bring to where the others are need not be remembered.
-        if self._parameters.lift and not client.num_requests and self._queued:
-            if client.counter <= self._queued.least()[0]:
+        if not client.num_requests:
+            if self._is_lifted_anyway(client):
                 del self._clients[client.name]
+            else:
+                self._idle.add(client.name, self._now_s)
+
+    def _is_lifted_anyway(self, client: _Client) -> bool:
+        """Whether the lifts would bring it to where the others are, remembered or not."""
+        if not (self._parameters.lift and self._queued):
+            return False
+        return client.counter <= self._queued.least()[0]

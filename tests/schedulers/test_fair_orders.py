@@ -2,8 +2,9 @@
 
 import pytest
 
-from jaxserve.schedulers.events import Admit, Arrive, Enact, Event, Finish, Preempt, Tick
+from jaxserve.schedulers.events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, Tick
 from jaxserve.schedulers.order import Order
+from jaxserve.schedulers.order.charges import KNOWN_CLIENT_S, MOST_IDLE
 from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
 from jaxserve.schedulers.order.vtc import Vtc, VtcParameters
 from jaxserve.schedulers.prefix_tree import NO_PARENT, Stored
@@ -72,6 +73,18 @@ def test_clients_that_are_gone_for_long_are_forgotten(order) -> None:
     assert not known()
 
 
+@pytest.mark.parametrize("order", [Vtc(VtcParameters(lift=False)), Dlpm()])
+def test_names_do_not_add_up_behind_a_client_that_stays(order) -> None:
+    order.on(arrive(1, "stays", 5))
+    for number in range(2, MOST_IDLE + 7):
+        tell(order, arrive(number, f"client-{number}", 5), Abort(number))
+    known = order.counters if isinstance(order, Vtc) else order.credits
+    assert len(known()) == MOST_IDLE + 1
+    assert "client-6" not in known() and "client-7" in known()
+    tell(order, arrive(10**6, "client-7", 5), Tick(KNOWN_CLIENT_S))
+    assert set(known()) == {"stays", "client-7"}
+
+
 @pytest.mark.parametrize("order", [Vtc(VtcParameters(idle_lift=False)), Dlpm()])
 def test_a_weight_that_changed_counts_from_then_on(order) -> None:
     tell(order, arrive(1, "a", 8), Admit(1, 8), Enact([(1, 8, 0)]), Finish(1))
@@ -117,6 +130,18 @@ def test_a_newcomer_waits_for_the_others_credit_unless_it_gets_a_quantum() -> No
         order.on(Admit(1, 5))
         order.on(arrive(9, "b", 5, page_keys=matched(1), num_cached=1))
         assert order.next() == wanted
+
+
+def test_a_refill_is_for_all_who_are_known_and_have_no_credit() -> None:
+    order = Dlpm(DlpmParameters(quantum=4.0))
+    order.on(arrive(1, "away", 7))
+    assert order.next() == 1
+    tell(order, Admit(1, 7), Enact([(1, 7, 0)]), Finish(1))
+    assert order.next() is None and order.credits() == {"away": -3.0}
+    order.on(arrive(2, "a", 3))
+    assert order.next() == 2 and order.credits() == {"away": 1.0, "a": 4.0}
+    tell(order, Admit(2, 4), arrive(3, "a", 3))
+    assert order.next() == 3 and order.credits() == {"away": 1.0, "a": 4.0}
 
 
 def test_who_only_runs_blocks_refills_on_wish() -> None:
