@@ -9,9 +9,12 @@ import difflib
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 Record = TypeVar("Record")
+
+MOST_PRICE: Final = 1e9
+"""Of a token: sums of prices stay exact enough to be compared."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ def positive(name: str, value: float) -> None:
 def not_negative(name: str, value: float) -> None:
     """Raises ValueError unless `value` is a number, 0 or more."""
     require(math.isfinite(value) and value >= 0, name, value, "0 or more")
+
+
+def price(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is what a token may cost."""
+    require(0 <= value <= MOST_PRICE, name, value, "0 or more, 1e9 at most")
 
 
 def read(kind: type[Record], texts: Mapping[str, str]) -> Record:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from ..events import (
     Abort,
@@ -32,11 +32,15 @@ from ..events import (
     Takes,
     Tick,
 )
-from ..parameters import not_negative, positive, require
+from ..parameters import not_negative, price, require
 from ..ranking import Ranking
 from ..waiting_tree import WaitingTree, longest_match
 from .base import Extremes
 from .charges import NOTHING, Bill, Charges, IdleClients, Prices
+
+LEAST_QUANTUM: Final = 1e-6
+MOST_QUANTUM: Final = 1e18
+"""Of a client, whatever its weight: rounds and credits stay numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,12 @@ class DlpmParameters:
     recharge_recompute: bool = False
 
     def __post_init__(self) -> None:
-        positive("quantum", self.quantum)
+        allowed = "a positive number, from 0.001 to 1e12"
+        require(1e-3 <= self.quantum <= 1e12, "quantum", self.quantum, allowed)
         require(self.max_skips >= 0, "max_skips", self.max_skips, "0 or more")
-        for name in ("w_in", "w_out", "price_cached", "client_age_limit_s"):
-            not_negative(name, getattr(self, name))
+        not_negative("client_age_limit_s", self.client_age_limit_s)
+        for name in ("w_in", "w_out", "price_cached"):
+            price(name, getattr(self, name))
 
 
 @dataclass(slots=True, eq=False)
@@ -156,8 +162,9 @@ class Dlpm:
 
     def next(self) -> RequestNumber | None:
         self._settle()
-        if not self._ready and self._queued:
-            self._refill()
+        for _ in range(2):  # a debt of many rounds may round to no credit: what is left is exact
+            if self._ready or not self._refill():
+                break
             self._settle()
         return self._ready.least()[-1] if self._ready else None
 
@@ -199,20 +206,24 @@ class Dlpm:
 
     # Credit.
 
-    def _refill(self) -> None:
-        """As few rounds as give somebody who waits credit, to every known client without."""
+    def _refill(self) -> bool:
+        """As few rounds as give somebody who waits credit, to every known client without; whether
+        there was need of it."""
+        if not self._queued:
+            return False
         active = set(self._queued)
         if self._parameters.refill_scope == "queued_or_running":
             active.update(self._running.values())
         if not active <= self._without.keys():
-            return
+            return False
         if all(self._next_key(client) is None for client in self._queued):
-            return  # the scan comes to nobody
+            return False  # the scan comes to nobody
         rounds = min(client.rounds for client in active)
         for client in list(self._without):
             client.credit += min(rounds, client.rounds) * client.quantum
             self._sorted = None
             self._note_credit(client)
+        return True
 
     def _charge(self, client: _Client, bill: Bill) -> None:
         if bill is NOTHING:
@@ -244,7 +255,7 @@ class Dlpm:
 
     def _arrive(self, event: Arrive) -> None:
         client = self._clients.get(event.client)
-        quantum = event.weight * self._parameters.quantum
+        quantum = max(LEAST_QUANTUM, min(event.weight * self._parameters.quantum, MOST_QUANTUM))
         if client is None:
             credit = quantum if self._parameters.new_client_credit == "quantum" else 0.0
             client = self._clients[event.client] = _Client(event.client, quantum, credit)

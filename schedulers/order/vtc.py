@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Takes, Tick
-from ..parameters import not_negative
+from ..parameters import price
 from ..ranking import Ranking
 from .base import Extremes
 from .charges import Bill, Charges, IdleClients, Prices
@@ -30,7 +30,7 @@ class VtcParameters:
 
     def __post_init__(self) -> None:
         for name in ("w_in", "w_out", "price_cached"):
-            not_negative(name, getattr(self, name))
+            price(name, getattr(self, name))
 
 
 @dataclass(slots=True, eq=False)

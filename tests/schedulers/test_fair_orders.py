@@ -144,6 +144,28 @@ def test_a_refill_is_for_all_who_are_known_and_have_no_credit() -> None:
     assert order.next() == 3 and order.credits() == {"away": 1.0, "a": 4.0}
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-300, 1e300])
+def test_whoever_waits_is_named_however_deep_it_is_in_debt(weight: float) -> None:
+    order = Dlpm(DlpmParameters(quantum=1e-3, w_in=1e9))
+    for number, extend in enumerate((123457, 10**7 + 1, 3), 1):
+        order.on(arrive(number, "a", extend, weight=weight))
+        assert order.next() == number
+        tell(order, Admit(number, extend), Enact([(number, extend, 1)]), Finish(number))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *((DlpmParameters, "quantum", value) for value in (1e-320, 9e-4, 2e12, float("nan"))),
+        *((DlpmParameters, name, 2e9) for name in ("w_in", "w_out", "price_cached")),
+        *((VtcParameters, name, 2e9) for name in ("w_in", "w_out", "price_cached")),
+    ],
+)
+def test_numbers_that_cannot_be_reckoned_with_are_refused(kind, name, value) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got .*; allowed: .* 1e"):
+        kind(**{name: value})
+
+
 def test_who_only_runs_blocks_refills_on_wish() -> None:
     for refill_scope, wanted in (("queued", 2), ("queued_or_running", None)):
         order = Dlpm(DlpmParameters(quantum=100.0, refill_scope=refill_scope))
