@@ -9,8 +9,8 @@ Bounds (derived, papers.md 3.6), with U = w_in * longest extend + w_out * most r
 that run * longest output: credits stay in [-U, Q]; two clients with work throughout are charged
 within Q + U of each other from a start at zero, within 2 (Q + U) over any interval, by weight.
 
-A pass begins at a `Tick`. Of a queue in which many have been passed over, a pass looks past
-`max_skips` requests of each client, so that its cost stays bounded.
+A pass begins at a `Tick`. It goes past `max_skips` requests that do not fit, and looks past as many
+of each client that a scan in mid-pass has left behind, so that its cost stays bounded.
 """
 
 import math
@@ -56,9 +56,9 @@ class DlpmParameters:
     `refill_when`: at the end of a pass refills, and scans the queue anew; in the middle of it
     refills when the scan comes to a request and nobody has credit, and goes on downwards: who was
     passed over waits for the next pass. `misfit`: a request that does not fit ends the pass, or is
-    passed over; nobody is refilled while its client has credit. `max_skips`: of how many passed
-    requests of a client a pass looks at the next. `recharge_recompute`: tokens that are computed
-    again after a preemption are charged again.
+    passed over; nobody is refilled while its client has credit. `max_skips`: how many that do not
+    fit a pass goes past, and how many of a client it looks past in mid-pass. `recharge_recompute`:
+    tokens that are computed again after a preemption are charged again.
     """
 
     quantum: float = 4096.0
@@ -315,7 +315,8 @@ class Dlpm:
 
     def _misfit(self, event: Misfit) -> None:
         """For the rest of the pass the scan is past it; where it ends the pass, nothing changes."""
-        if self._parameters.misfit == "skip":
+        known = self._parameters
+        if known.misfit == "skip" and len(self._misfits) < known.max_skips:
             self._scan_to(event.number)
             self._misfits.add(event.number)
             self._place(self._clients[self._arrivals[event.number].client])

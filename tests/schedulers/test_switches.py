@@ -235,6 +235,16 @@ def test_a_refill_in_mid_pass_goes_on_downwards() -> None:
         assert two_each(order)[:2] == wanted
 
 
+def test_a_pass_goes_past_so_many_misfits_and_no_more() -> None:
+    order = make_order("dlpm", ["misfit=skip", "max_skips=3"], page_size=PAGE)
+    engine = ToyEngine(order, slots=3, room=40)
+    engine.arrive(cold(1, "a", output=20))
+    engine.fill()
+    for number in range(2, 40):
+        engine.arrive(cold(number, f"client-{number}", output=30))
+    assert engine.fill() == [] and len(engine.misfits) == 4
+
+
 def test_nobody_is_refilled_while_a_client_with_credit_does_not_fit() -> None:
     """papers.md 3.3, misfit: b's small requests go past a's large one until b's credit is gone."""
     order = make_order("dlpm", ["quantum=30", "misfit=skip"], page_size=PAGE)
