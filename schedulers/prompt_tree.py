@@ -8,11 +8,12 @@ are cached; only whole runs may have cached children, because pages are cached p
 requests whose prompts part ways with the cache inside one run, or right behind it, have the same
 match: that of the deepest cached node on their way.
 
-A node that is cached becomes a *home* and stays one, and a request lives in the deepest home on its
-way. So all who live in a home have one match, the home's, and a prefix that goes and comes back
-changes a number in its home and in those below it that are not cached. Only when a run is cached
-for the first time do requests move, and they are few, because a node that many go through is made
-a home before.
+A node that is cached is a *home*, and a request lives in the deepest home on its way. So all who
+live in a home have one match, the home's, and a change of the cache writes a number in its home and
+in those below it that are not cached. Only when a run is first cached, or none of it is cached any
+more, do requests move, and they are few: a node that a crowd goes through is made a home before,
+and stays one while there is a crowd. So a prefix that a crowd waits for may go and come back, and
+homes that are not cached are few.
 """
 
 from abc import ABC, abstractmethod
@@ -29,8 +30,8 @@ unique, smallest first."""
 
 class Node:
     """See the module docstring. `ends` are the requests that end here, with their lanes, and live
-    in `home`; `num_waiting` of those who live there end here or below. `since` numbers the nodes by
-    when somebody first waited there."""
+    in `home`; `num_waiting` of those who live there end here or below: all, if it is the home's
+    node. `since` numbers the nodes by when somebody first waited there."""
 
     __slots__ = (
         "cached",
@@ -76,7 +77,7 @@ class PromptTree(ABC, Generic[SomeHome]):
     """
 
     crowd: ClassVar[int] = 64
-    """So many make a home of a node that was never cached: no more will have to move when it is."""
+    """So many make a home of a node that is not cached: no more will have to move when it is."""
 
     def __init__(self) -> None:
         self._node_of: dict[Rank, Node] = {}
@@ -107,11 +108,14 @@ class PromptTree(ABC, Generic[SomeHome]):
     def _rematched(self, home: SomeHome, before: int) -> None:
         """Those who live here had the match `before`."""
 
+    def _moving_up(self, home: SomeHome) -> None:
+        """All who live here will live in the home above, which has the same match."""
+
     def _unmake_home(self, home: SomeHome) -> None:
-        """Nobody waits here or below any more."""
+        """Nobody lives here, and no home is below any more."""
 
     def _put_below(self, home: SomeHome, above: SomeHome) -> None:
-        """A home was made between `home` and those above it."""
+        """`home` gets another above it: one that was made between, or that of one that goes."""
         assert home.above is not None
         del home.above.below[home]
         home.above = above
@@ -127,9 +131,7 @@ class PromptTree(ABC, Generic[SomeHome]):
         node = self._node_of[rank] = self._descend(tuple(keys), num_cached)
         node.ends[rank] = lane
         self._enter(node.home, rank, lane)
-        crowded = self._count(node, 1)
-        if crowded is not None:
-            self._make_home_of(crowded)
+        self._count(node, 1)
 
     def remove(self, rank: Rank) -> None:
         """Take a request out."""
@@ -144,15 +146,19 @@ class PromptTree(ABC, Generic[SomeHome]):
         """Pages of the request's prompt that are cached."""
         return self._node_of[rank].home.match
 
-    def _count(self, node: Node | None, change: int) -> Node | None:
-        """Note that more or fewer wait at `node`; the uppermost one that should become a home."""
+    def _count(self, node: Node, change: int) -> None:
+        """Note that more or fewer wait at `node`; a crowd that grew gets a home, as far up as may
+        be."""
         crowded = None
-        while node is not None and node.home.node is not node:
+        while node.home.node is not node:
             node.num_waiting += change
-            if node.num_waiting >= self.crowd:
+            if change > 0 and node.num_waiting >= self.crowd:
                 crowded = node
+            assert node.parent is not None  # the root is a home's node
             node = node.parent
-        return crowded
+        node.num_waiting += change
+        if crowded is not None:
+            self._make_home_of(crowded)
 
     # The cache.
 
@@ -201,6 +207,7 @@ class PromptTree(ABC, Generic[SomeHome]):
             self._rematch(node.home, node.start + cached)
         else:
             self._rematch(node.home, node.home.above.match)
+            self._dissolve_unless_crowd(node)
 
     def _rematch(self, home: SomeHome, match: int) -> None:
         for found in cached_alike(home):
@@ -210,7 +217,8 @@ class PromptTree(ABC, Generic[SomeHome]):
     def _make_home_of(self, node: Node) -> None:
         """Those below `node` live in homes below it, or in the one above, and move in."""
         above = node.home
-        self._count(node, -node.num_waiting)
+        assert node.parent is not None
+        self._count(node.parent, -node.num_waiting)
         home = self._make_home(node, above)
         above.below[home] = None
         nodes = [node]
@@ -227,6 +235,26 @@ class PromptTree(ABC, Generic[SomeHome]):
                     if not child.cached:
                         self._rematch(child.home, home.match)
         self._rematched(home, above.match)
+
+    def _dissolve_unless_crowd(self, node: Node) -> None:
+        """Of a home's node that is not cached."""
+        if node.num_waiting >= self.crowd:
+            return
+        home, above = node.home, node.home.above
+        self._moving_up(home)
+        nodes = [node]
+        for each in nodes:  # which grows meanwhile
+            each.home = above
+            for rank, lane in each.ends.items():
+                self._leave(home, rank, lane)
+                self._enter(above, rank, lane)
+            nodes += [child for child in each.children.values() if child.home is home]
+        for below in list(home.below):
+            self._put_below(below, above)
+        del above.below[home]
+        self._unmake_home(home)
+        assert node.parent is not None
+        self._count(node.parent, node.num_waiting)
 
     # The tree.
 
@@ -261,10 +289,13 @@ class PromptTree(ABC, Generic[SomeHome]):
         parent.children[upper.run[0]] = upper
         upper.children[lower.run[length]] = lower
         lower.parent, lower.run = upper, lower.run[length:]
-        cached, upper.num_waiting = lower.cached, lower.num_waiting
+        cached, is_home = lower.cached, lower.home.node is lower
+        upper.num_waiting = 0 if is_home else lower.num_waiting
         lower.start, lower.cached = lower.start + length, max(0, cached - length)
         if cached:
             self._set_cached(upper, min(cached, length))
+        if is_home and not lower.cached:
+            self._dissolve_unless_crowd(lower)
         return upper
 
     def _unlink(self, node: Node) -> None:

@@ -120,7 +120,10 @@ class WaitingTree(PromptTree[_Home]):
     # What the tree of prompts asks for.
 
     def _make_home(self, node: Node, above: _Home | None) -> _Home:
-        return _Home(node, above)
+        home = _Home(node, above)
+        if above in self._sorted_by:  # which those who move in were sorted by, too
+            self._sorted_by[home] = self._sorted_by[above]
+        return home
 
     def _enter(self, home: _Home, rank: Rank, lane: str) -> None:
         ranking = home.lanes.get(lane)
@@ -138,6 +141,9 @@ class WaitingTree(PromptTree[_Home]):
 
     def _rematched(self, home: _Home, before: int) -> None:
         self._sorted_by.setdefault(home, before)
+
+    def _moving_up(self, home: _Home) -> None:
+        self._changed.update(dict.fromkeys(home.lanes))
 
     def _unmake_home(self, home: _Home) -> None:
         self._sorted_by.pop(home, None)

@@ -71,8 +71,10 @@ class WeightedTree(PromptTree[_Branch]):
 
     def _put_below(self, home: _Branch, above: _Branch) -> None:
         self._move(home, None)
+        is_new = above.above is home.above
         super()._put_below(home, above)
-        above.num_waiting += home.num_waiting
+        if is_new:  # else they count there already
+            above.num_waiting += home.num_waiting
         self._place(home)
 
     def _weigh(self, branch: _Branch, change: int) -> None:

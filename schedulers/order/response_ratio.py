@@ -127,6 +127,9 @@ class _Matches(PromptTree[_Home]):
         self.cached[home.place] = home.match * self._page_size
         return home
 
+    def _moving_up(self, home: _Home) -> None:
+        self.changed.add(home.above.place)
+
     def _unmake_home(self, home: _Home) -> None:
         self._free.append(home.place)
 

@@ -1,6 +1,7 @@
 """What the trees of waiting prompts cost: nodes that stay, keys that are compared."""
 
 import gc
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,34 @@ def test_an_eviction_looks_for_one_key_of_each_run() -> None:
     tree.on(Removed(2, again[:99:-1]))
     assert tree.match((1,)) == 100
     assert CountedKey.num_compared < 10 * len(keys)
+
+
+class CountingTree(WaitingTree):
+    num_rematched = 0
+
+    def _rematched(self, home: Any, before: int) -> None:
+        self.num_rematched += 1
+        super()._rematched(home, before)
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_a_prefix_comes_and_goes_in_one_step_also_where_each_had_more_cached(
+    is_split: bool,
+) -> None:
+    """With their own pages gone, those who wait behind one prefix are one crowd again."""
+    tree = CountingTree()
+    tree.on(Stored(1, NO_PARENT, (b"shared",)))
+    for number in range(200):
+        keys = (b"shared", b"%d" % number, b"%d.1" % number)
+        tree.add((number,), keys, 2 if is_split else 1)
+        if not is_split:
+            tree.on(Stored(2, keys[0], keys[1:2]))
+    for number in range(200):
+        tree.on(Removed(3, (b"%d" % number,)))
+    assert all(tree.match((number,)) == 1 for number in range(200))
+    tree.num_rematched = 0
+    tree.on(Removed(4, (b"shared",)))
+    tree.on(Stored(5, NO_PARENT, (b"shared",)))
+    assert tree.num_rematched < 5
+    assert all(tree.match((number,)) == 1 for number in range(200))
+    assert list(tree.ranks()) == [(number,) for number in range(200)]

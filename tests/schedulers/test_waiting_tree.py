@@ -157,3 +157,24 @@ def test_a_prefix_that_comes_and_goes_before_anybody_asks_leaves_all_where_they_
     tree.on(Stored(1, NO_PARENT, (b"x",)))
     tree.on(Removed(2, (b"x",)))
     assert tree.first() == (1,) and list(tree.ranks()) == [(1,), (2,)]
+
+
+def test_a_lane_whose_requests_moved_between_two_changes_is_told() -> None:
+    tree = WaitingTree()
+    tree.add((1,), (b"x",), 0, lane="p")
+    tree.add((2,), (b"x", b"y"), 0, lane="q")
+    tree.changed_lanes()
+    tree.on(Stored(1, NO_PARENT, (b"x",)))
+    tree.on(Stored(2, b"x", (b"y",)))
+    tree.on(Removed(3, (b"y",)))
+    assert set(tree.changed_lanes()) == {"p", "q"}
+
+
+def test_a_lane_whose_requests_moved_to_a_crowds_home_is_told_too() -> None:
+    tree = TwoAreACrowd()
+    tree.add((1,), (b"x",), 0, lane="p")
+    tree.add((2,), (b"x", b"y"), 0, lane="q")
+    tree.changed_lanes()
+    tree.on(Stored(1, NO_PARENT, (b"x",)))
+    tree.add((3,), (b"x", b"y"), 1, lane="r")
+    assert {"p", "q"} <= set(tree.changed_lanes())
