@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from .events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
 from .order.base import Extremes, FairOrder, Order
-from .order.charges import MOST_IDLE, IdleClients, Prices
+from .order.charges import MOST_IDLE, IdleClients, Prices, num_known
 
 DEFAULT_PRICES: Final = Prices(w_in=1.0, w_out=2.0, price_cached=0.0)
 """Of orders that charge nobody."""
@@ -76,6 +76,7 @@ class _Request:
 
     client: _Client
     num_prompt_tokens: int
+    num_samples: int
     admitted: bool = False
     running: bool = False
     computed: int = 0
@@ -236,7 +237,7 @@ class ServiceMeter:
         if client.weight != event.weight:  # a key's may have changed
             client.weight = event.weight
             self._stays.pop(client.name, None)
-        self._requests[event.number] = _Request(client, event.num_prompt_tokens)
+        self._requests[event.number] = _Request(client, event.num_prompt_tokens, event.num_samples)
         self._prompt = max(self._prompt, event.num_prompt_tokens)
         self._join(client)
 
@@ -246,8 +247,10 @@ class ServiceMeter:
         if not request.admitted:
             client.cached += max(0, request.num_prompt_tokens - extend)
         request.admitted = request.running = True
-        fresh = max(0, extend - request.computed - request.made)
-        request.extend, request.fresh, request.ran = extend, fresh, 0
+        known = num_known(
+            request.computed, request.made, request.num_prompt_tokens, request.num_samples
+        )
+        request.extend, request.fresh, request.ran = extend, max(0, extend - known), 0
         client.running += 1
         self._leave(client)
         self._extend = max(self._extend, extend)
@@ -282,10 +285,11 @@ class ServiceMeter:
             self._idle.add(client.name, self._now_s)
 
     def _stop(self, request: _Request) -> None:
-        # Samples run the prompt's last token each, beyond what was announced.
-        beyond = max(0, request.ran - request.extend)
-        self._output = max(self._output, request.made + beyond)
-        self._refund = max(self._refund, request.unrun)
+        self._output = max(self._output, request.made)
+        refund = request.unrun
+        if not request.ran:
+            refund += max(0, request.num_prompt_tokens - request.extend)
+        self._refund = max(self._refund, refund)
         request.running, request.fresh = False, 0
         request.client.running -= 1
 

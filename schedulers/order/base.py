@@ -51,8 +51,9 @@ class Extremes:
     """The largest of what was seen so far, in tokens; service bounds are made of it.
 
     `prompt` of one request, `extend` of one admission, `output` of one request, `refund` of one
-    request that stopped before its prompt was run. `rows` counts requests of one client that ran at
-    once; `least_weight` is that of the clients that are compared.
+    request that stopped before its prompt was run, with what it found cached if nothing was. `rows`
+    counts requests of one client that ran at once; `least_weight` is that of the clients that are
+    compared.
     """
 
     prompt: int = 0

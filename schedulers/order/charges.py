@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
-from ..events import Ran, RequestNumber
+from ..events import Arrive, Ran, RequestNumber
 
 Owner = TypeVar("Owner")
 
@@ -78,8 +78,16 @@ NOTHING = Bill(0.0)
 @dataclass(slots=True)
 class _Account:
     """Tokens of one request. `extend` are those that its present admission computes, the last
-    `fresh` of which are charged; `ran` of them have been run."""
+    `fresh` of which are charged; `ran` of them have been run.
 
+    `cached` is what was charged for tokens found cached. It is settled once anything has `begun`,
+    that is, was run in an admission that is over.
+    """
+
+    num_prompt_tokens: int
+    num_samples: int
+    cached: float = 0.0
+    begun: bool = False
     made: int = 0
     paid: int = 0
     extend: int = 0
@@ -92,6 +100,17 @@ class _Account:
         return min(self.fresh, self.extend - self.ran)
 
 
+def num_known(paid: int, made: int, num_prompt_tokens: int, num_samples: int) -> int:
+    """Tokens of an admission that somebody computed before.
+
+    `paid` of the prompt were, once for all samples. Samples that have made tokens compute it each
+    for itself when they are let in again.
+    """
+    if not made:
+        return paid
+    return num_samples * min(paid, num_prompt_tokens) + made
+
+
 class Charges:
     """The accounts of all requests that were admitted, and the prompts of those that were not:
     what a slice touches stays together in memory."""
@@ -99,20 +118,25 @@ class Charges:
     def __init__(self, prices: Prices):
         self._prices = prices
         self._accounts: dict[RequestNumber, _Account] = {}
-        self._num_prompt_tokens: dict[RequestNumber, int] = {}
+        self._prompts: dict[RequestNumber, tuple[int, int]] = {}
 
-    def arrived(self, number: RequestNumber, num_prompt_tokens: int) -> None:
-        self._num_prompt_tokens[number] = num_prompt_tokens
+    def arrived(self, event: Arrive) -> None:
+        self._prompts[event.number] = (event.num_prompt_tokens, event.num_samples)
 
     def admitted(self, number: RequestNumber, extend: int) -> Bill:
         """`extend` tokens are to be computed; the others are cached."""
         account, prices = self._accounts.get(number), self._prices
         charge = 0.0
         if account is None:
-            num_prompt_tokens = self._num_prompt_tokens.pop(number)
-            account = self._accounts[number] = _Account()
-            charge = prices.w_in * prices.price_cached * max(0, num_prompt_tokens - extend)
-        known = 0 if prices.recharge else account.paid + account.made
+            account = self._accounts[number] = _Account(*self._prompts.pop(number))
+        if not account.begun:
+            num_cached = max(0, account.num_prompt_tokens - extend)
+            charge = account.cached = prices.w_in * prices.price_cached * num_cached
+        known = 0
+        if not prices.recharge:
+            known = num_known(
+                account.paid, account.made, account.num_prompt_tokens, account.num_samples
+            )
         account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
         if prices.at_enactment:
             return Bill(charge, prices.w_in * account.fresh)
@@ -144,17 +168,20 @@ class Charges:
         return bills
 
     def stopped(self, number: RequestNumber) -> Bill:
-        """A running request was preempted or ended: what was not run is given back."""
+        """A running request was preempted or ended: what was not run is given back, and if nothing
+        ever was, what was found cached."""
         account, prices = self._accounts[number], self._prices
         unrun, account.fresh = account.unrun, 0
-        if not unrun:
+        account.begun = account.begun or account.ran > 0
+        back = 0.0 if account.begun else account.cached
+        if not unrun and not back:
             return NOTHING
         if prices.at_enactment:
-            return Bill(0.0, -prices.w_in * unrun)
+            return Bill(-back, -prices.w_in * unrun)
         account.paid -= unrun
-        return Bill(-prices.w_in * unrun)
+        return Bill(-back - prices.w_in * unrun)
 
     def forget(self, number: RequestNumber) -> None:
         """The request is over."""
         if self._accounts.pop(number, None) is None:
-            del self._num_prompt_tokens[number]
+            del self._prompts[number]

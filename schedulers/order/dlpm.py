@@ -201,7 +201,7 @@ class Dlpm:
         prices = self.prices
         extend = prices.w_in * (seen.extend + prices.price_cached * seen.prompt)
         overdraft = extend + prices.w_out * seen.rows * seen.output
-        refund = prices.w_in * seen.rows * seen.refund
+        refund = prices.w_in * max(1.0, prices.price_cached) * seen.rows * seen.refund
         return 2 * (self._parameters.quantum + (overdraft + refund) / seen.least_weight)
 
     # Credit.
@@ -265,7 +265,7 @@ class Dlpm:
             client.quantum, client.credit = quantum, min(client.credit, quantum)
             self._note_credit(client)
         self._arrivals[event.number] = event
-        self._charges.arrived(event.number, event.num_prompt_tokens)
+        self._charges.arrived(event)
         self._queue(client, event, event.num_cached)
 
     def _queue(self, client: _Client, event: Arrive, num_cached: int) -> None:

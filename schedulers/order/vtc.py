@@ -121,10 +121,9 @@ class Vtc:
         if not (self._parameters.lift and self._parameters.idle_lift):
             return None
         prices = self.prices
-        prompt = prices.w_in * max(1.0, prices.price_cached) * seen.prompt
-        output = prices.w_out * seen.rows * seen.output
-        refund = prices.w_in * seen.rows * seen.refund
-        return 2 * (prompt + output + refund) / seen.least_weight
+        priciest = prices.w_in * max(1.0, prices.price_cached)
+        prompts = priciest * (seen.prompt + seen.rows * seen.refund)
+        return 2 * (prompts + prices.w_out * seen.rows * seen.output) / seen.least_weight
 
     def _tick(self, event: Tick) -> None:
         self._now_s = event.now_s
@@ -137,7 +136,7 @@ class Vtc:
         self._idle.discard(client.name)
         client.weight = event.weight  # a key's may have changed
         self._arrivals[event.number] = event
-        self._charges.arrived(event.number, event.num_prompt_tokens)
+        self._charges.arrived(event)
         client.num_requests += 1
         if not client.waiting:
             self._lift(client)

@@ -8,6 +8,7 @@ from jaxserve.schedulers.order.charges import KNOWN_CLIENT_S, MOST_IDLE
 from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
 from jaxserve.schedulers.order.vtc import Vtc, VtcParameters
 from jaxserve.schedulers.prefix_tree import NO_PARENT, Stored
+from jaxserve.schedulers.service_meter import ServiceMeter
 from jaxserve.schedulers.toy_engine import ToyEngine, Work
 
 
@@ -197,6 +198,33 @@ def test_what_was_not_run_is_given_back_and_nothing_is_paid_twice(charge_at) -> 
     assert order.credits()["a"] == 90 - 6
     tell(order, Admit(1, 13), Enact([(1, 13, 1)]))
     assert order.credits()["a"] == 84 - 2
+
+
+@pytest.mark.parametrize("charge_at", ["admit", "enacted"])
+def test_samples_that_are_let_in_again_pay_for_no_token_twice(charge_at) -> None:
+    """Three samples share a prompt of 10; preempted after two tokens each, they share nothing."""
+    meter = ServiceMeter(Dlpm(DlpmParameters(quantum=100.0, charge_at=charge_at)))
+    tell(meter, Arrive(1, "a", 0, 0.0, 10, 10, 3))
+    assert meter.next() == 1
+    tell(meter, Admit(1, 12), Enact([(1, 5, 0)]), Preempt(1), Admit(1, 12))
+    tell(meter, Enact([(1, 12, 3), (1, 0, 3)]), Preempt(1))
+    before = meter.order.credit("a")
+    assert before == 100 - 12 - 2 * 6
+    tell(meter, Admit(1, 3 * 10 + 6), Enact([(1, 36, 0)]))
+    assert meter.order.credit("a") == before
+    assert (meter.clients()[0].computed, meter.clients()[0].output) == (12, 6)
+
+
+def test_what_was_found_cached_is_given_back_where_nothing_ran() -> None:
+    order = Dlpm(DlpmParameters(quantum=100.0, price_cached=0.5))
+    order.on(arrive(1, "a", 10))
+    assert order.next() == 1
+    tell(order, Admit(1, 4), Preempt(1))
+    assert order.credits() == {"a": 100.0}
+    tell(order, Admit(1, 2), Enact([(1, 1, 0)]), Preempt(1))
+    assert order.credits() == {"a": 100 - 4 - 1}
+    tell(order, Admit(1, 8), Preempt(1))  # settled: what it found then was used
+    assert order.credits() == {"a": 100 - 4 - 1}
 
 
 def test_a_request_that_waited_long_goes_first_among_its_clients_on_wish() -> None:
