@@ -303,6 +303,8 @@ class PastFutureParameters:
         for name, least in (("hist", 1), ("min_samples", 1), ("slack", 0), ("expect", 0)):
             value = getattr(self, name)
             require(value >= least, name, value, f"{least} or more")
+        most = self.hist
+        require(self.min_samples <= most, "min_samples", self.min_samples, f"hist={most} at most")
 
 
 class PastFuture(BaseAdmission):

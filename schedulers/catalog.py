@@ -4,7 +4,6 @@ The server, the command line and the tests take policies from here, so that a na
 and its claims are written once.
 """
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from .order.lpm import Lpm, LpmParameters
 from .order.priority import Priority, PriorityParameters
 from .order.shortest_prefill_first import ShortestPrefillFirst
 from .order.vtc import Vtc, VtcParameters
-from .parameters import NoParameters, read, require
+from .parameters import NoParameters, explain, read, require
 from .slicing import Adaptive, AdaptiveParameters, Fixed, SliceBounds, Slicing, WholeSequence
 from .victims import VictimKey, fewest_made, newest
 
@@ -393,13 +392,15 @@ def _find(kind: str, policies: Mapping[str, _Kind], name: str) -> _Kind:
     for policy in policies.values():
         if name == policy.name or name in policy.aliases:
             return policy
-    raise ValueError(not_found(kind, name, policies))
+    aliases = [alias for policy in policies.values() for alias in policy.aliases]
+    raise ValueError(not_found(kind, name, policies, aliases))
 
 
-def not_found(kind: str, name: str, known: Iterable[str]) -> str:
-    """What to say of a name that does not exist: the names that do, and the nearest."""
+def not_found(kind: str, name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str:
+    """What to say of a name that does not exist: the names that do, and the nearest, which may be
+    an alias."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, [*names, *aliases], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{kind}: got {name!r}; allowed: {', '.join(names)}{hint}"
 
@@ -422,8 +423,7 @@ def _parameters(kind: str, policy: Policy, options: Iterable[str]) -> Any:
 
 def describe(policy: Policy) -> list[str]:
     """A policy in a few lines, for people."""
-    fields = dataclasses.fields(policy.parameters)
-    parameters = ", ".join(f"{field.name}={field.default}" for field in fields)
+    parameters = ", ".join(explain(policy.parameters))
     names = " ".join((policy.name, *policy.aliases))
     lines = [f"{names}: {policy.summary}", f"  source: {policy.source} ({policy.standing})"]
     if parameters:

@@ -60,6 +60,25 @@ def read(kind: type[Record], texts: Mapping[str, str]) -> Record:
     return kind(**values)
 
 
+def explain(kind: type) -> list[str]:
+    """Each field with its default as `read` takes it, and its choices if it has such."""
+    hints = typing.get_type_hints(kind)
+    return [
+        f"{field.name}={_text(field.default)}{_choices(hints[field.name])}"
+        for field in dataclasses.fields(kind)
+    ]
+
+
+def _text(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _choices(kind: Any) -> str:
+    if typing.get_origin(kind) is not typing.Literal:
+        return ""
+    return f" ({'|'.join(typing.get_args(kind))})"
+
+
 def _value(name: str, kind: Any, text: str) -> Any:
     if kind is bool:
         require(text in ("true", "false"), name, text, "true or false")

@@ -263,6 +263,7 @@ class Dlpm:
         self._idle.discard(client.name)
         if quantum != client.quantum:  # a key's weight may have changed
             client.quantum, client.credit = quantum, min(client.credit, quantum)
+            self._sorted = None
             self._note_credit(client)
         self._arrivals[event.number] = event
         self._charges.arrived(event)

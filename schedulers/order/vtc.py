@@ -210,7 +210,8 @@ class Vtc:
                 self._idle.add(client.name, self._now_s)
 
     def _is_lifted_anyway(self, client: _Client) -> bool:
-        """Whether the lifts would bring it to where the others are, remembered or not."""
-        if not (self._parameters.lift and self._queued):
+        """Whether it would be brought to where the others are, remembered or not: also if they are
+        gone by then, which takes both lifts."""
+        if not (self._parameters.lift and self._parameters.idle_lift and self._queued):
             return False
         return client.counter <= self._queued.least()[0]

@@ -258,6 +258,12 @@ def test_every_parameter_of_past_future_changes_whom_it_lets_in() -> None:
     assert room(taught("slack=9", "u=0.5", a=lengths)) == 5
 
 
+def test_a_history_too_short_for_its_samples_is_refused() -> None:
+    fault = "min_samples: got 16; allowed: hist=8 at most"
+    with pytest.raises(ValueError, match=fault):
+        make_admission("past_future", ["hist=8"])
+
+
 def test_past_future_forgets_the_client_it_heard_of_longest_ago() -> None:
     rule = taught(**{"a": [9] * 16, "b": [19] * 16, "c": [19] * 16})
     for i in range(998):

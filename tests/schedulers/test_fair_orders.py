@@ -97,6 +97,22 @@ def test_a_weight_that_changed_counts_from_then_on(order) -> None:
         assert order.next() == 3 and order.credits()["a"] == 4 * 4096 - 16
 
 
+def test_vtc_forgets_nobody_early_whom_an_empty_queue_would_not_lift() -> None:
+    order = Vtc(VtcParameters(idle_lift=False))
+    tell(order, arrive(1, "a", 5), Admit(1, 5), Enact([(1, 5, 0)]))
+    order.on(arrive(2, "b", 9))  # lifted to nobody: nobody waits
+    tell(order, Admit(2, 9), arrive(3, "b", 9), Finish(1))
+    assert order.counters() == {"a": 5, "b": 9}
+
+
+def test_who_gives_way_follows_a_change_of_weight() -> None:
+    order = Dlpm(DlpmParameters(quantum=100.0, new_client_credit="quantum"))
+    tell(order, arrive(1, "a", 5, weight=4.0), arrive(2, "b", 5), Admit(1, 5), Admit(2, 1))
+    assert order.running() == [1, 2]
+    order.on(arrive(3, "a", 5, weight=0.1))
+    assert order.running() == [2, 1]
+
+
 # ------------------------------------------------------------------------------------------ dlpm
 
 
