@@ -4,6 +4,8 @@ import random
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxserve.schedulers.admission import (
     BaseAdmission,
@@ -23,23 +25,28 @@ from jaxserve.schedulers.rule_laws import (
 )
 from jaxserve.schedulers.slicing import Fixed, SliceBounds, SliceLength, SlicingView
 
-SEEDS = range(5)
+FEW = settings() if settings().max_examples > 100 else settings(max_examples=5)
+"""Laws run long; a full run keeps its many examples."""
+
+SEEDS = st.integers(0, 10**6)
 
 
 @pytest.mark.parametrize(
     ("name", "law"), [(policy.name, law) for policy in ADMISSIONS.values() for law in policy.laws]
 )
-def test_every_admission_rule_keeps_its_laws(name: str, law: str) -> None:
-    for seed in SEEDS:
-        ADMISSION_LAWS[law](lambda: make_admission(name), seed)
+@FEW
+@given(seed=SEEDS)
+def test_every_admission_rule_keeps_its_laws(name: str, law: str, seed: int) -> None:
+    ADMISSION_LAWS[law](lambda: make_admission(name), seed)
 
 
 @pytest.mark.parametrize(
     ("name", "law"), [(policy.name, law) for policy in SLICINGS.values() for law in policy.laws]
 )
-def test_every_slicing_keeps_its_laws(name: str, law: str) -> None:
-    for seed in SEEDS:
-        SLICING_LAWS[law](lambda bounds: make_slicing(name, bounds=bounds), seed)
+@FEW
+@given(seed=SEEDS)
+def test_every_slicing_keeps_its_laws(name: str, law: str, seed: int) -> None:
+    SLICING_LAWS[law](lambda bounds: make_slicing(name, bounds=bounds), seed)
 
 
 def test_everybody_claims_what_everybody_is_held_to() -> None:
