@@ -66,6 +66,21 @@ def test_peak_worked_example() -> None:
     assert peak_pages([(1, 10), (1, 9), (5, 1)], 1) == 20
 
 
+def test_the_published_worked_case_of_peak_but_for_its_strictness() -> None:
+    """papers.md 2.8: 25 tokens at most, and published is peak < capacity: 26 admits, 25 does not.
+    Here what fits exactly is admitted. Reserving all would need 32."""
+    rows = [(3, 7), (10, 4), (6, 2)]  # by what is left, longest first
+    held = [sum(tokens for tokens, _ in rows[: k + 1]) for k in range(3)]
+    assert [held[k] + (k + 1) * rows[k][1] for k in range(3)] == [10, 21, 25]
+    assert plain_peak(rows, 1) == peak_pages(rows, 1) == 25
+    new = Candidate(num_tokens=3, cost_pages=3, max_output=7, num_samples=1)
+    for name, least in (("peak", 25), ("reserve_max", 32)):
+        running = RunningRows([Running(10, 10, 4), Running(6, 6, 2)])
+        rule = make_admission(name)
+        assert rule.admits(new, running, memory(total=least))
+        assert not rule.admits(new, running, memory(total=least - 1))
+
+
 def test_peak_admits_up_to_the_pool() -> None:
     running = [Running(10, 10, 4), Running(6, 6, 2)]
     new = Candidate(num_tokens=3, cost_pages=3, max_output=7, num_samples=1)
@@ -192,13 +207,22 @@ def test_rules_are_deterministic() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "rho"), [("start=0.5", 0.07), ("floor=0.5", 0.35), ("decay_steps=1200", 0.399)]
+    ("option", "rho", "admitted"),
+    [("start=0.5", 0.07, True), ("floor=0.5", 0.35, False), ("decay_steps=1200", 0.399, False)],
 )
-def test_how_ratio_falls_is_up_to_its_parameters(option: str, rho: float) -> None:
-    rule = make_admission("ratio", [option])
+def test_how_ratio_falls_and_whom_it_lets_in_is_up_to_its_parameters(
+    option: str, rho: float, admitted: bool
+) -> None:
+    """Beside a row with 1000 tokens left, of which 98 are reserved by default."""
+    running = RunningRows([Running(held=10, leased_pages=10, remaining=1000)])
+    default, rule = make_admission("ratio"), make_admission("ratio", [option])
     assert isinstance(rule, Ratio)
-    rule.ticked(600)
+    for each in (default, rule):
+        each.ticked(600)
     assert rule.rho == pytest.approx(rho)
+    pool = memory(total=90 if admitted else 200)
+    assert rule.admits(candidate(1, output=1), running, pool) == admitted
+    assert default.admits(candidate(1, output=1), running, pool) != admitted
 
 
 def test_ratio_counts_no_more_of_an_output_than_its_clip() -> None:

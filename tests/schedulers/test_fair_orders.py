@@ -126,17 +126,23 @@ def test_dlpms_worked_case() -> None:
     for number, client, match in ((1, "a", 100), (2, "a", 90), (3, "b", 80)):
         keys = tuple(f"{client}{number}{page}".encode() for page in range(match))
         order.on(arrive(number, client, match + 3, page_keys=keys, num_cached=match))
-    planned = []
+    planned, planning = [], []
     while (number := order.next()) is not None:
         planned.append(number)
+        planning.append(4 - order.charged("a"))
         order.on(Admit(number, 3))
-    assert planned == [1, 2, 3]
+    assert planned == [1, 2, 3] and planning == [4, 1, -2]
+    assert order.credits() == {"a": 4, "b": 4} and 4 - order.charged("b") == 1
     tell(order, Enact([(1, 3, 0)]), Enact([(3, 2, 0)]), Preempt(2, 90), Preempt(3, 80))
     assert order.credits() == {"a": 1, "b": 2}
     order.on(Enact([(1, 0, 2)]))
     assert order.credits() == {"a": -3, "b": 2}
     assert order.next() == 3  # a has the longer match, b the credit; and nobody was refilled
     assert order.credits() == {"a": -3, "b": 2}
+    tell(order, Admit(3, 3), Finish(1), Abort(2))
+    assert 4 - order.charged("b") == 1  # the token that was not run before
+    order.on(Abort(3))
+    assert {client: 4 - order.charged(client) for client in "ab"} == order.credits()
 
 
 def test_a_newcomer_waits_for_the_others_credit_unless_it_gets_a_quantum() -> None:
