@@ -192,7 +192,7 @@ class Dlpm:
         prices = self.prices
         extend = prices.w_in * (seen.extend + prices.price_cached * seen.prompt)
         overdraft = extend + prices.w_out * seen.rows * seen.output
-        refund = prices.w_in * seen.rows * seen.refund
+        refund = seen.rows * (prices.w_in * seen.refund + prices.w_out * seen.overrun)
         return 2 * (self._parameters.quantum + (overdraft + refund) / seen.least_weight)
 
     # Credit.

@@ -123,7 +123,7 @@ class Vtc:
         prices = self.prices
         prompt = prices.w_in * max(1.0, prices.price_cached) * seen.prompt
         output = prices.w_out * seen.rows * seen.output
-        refund = prices.w_in * seen.rows * seen.refund
+        refund = seen.rows * (prices.w_in * seen.refund + prices.w_out * seen.overrun)
         return 2 * (prompt + output + refund) / seen.least_weight
 
     def _tick(self, event: Tick) -> None:
