@@ -361,7 +361,7 @@ def test_who_memory_keeps_out_is_no_reason_for_short_slices() -> None:
             if plan.num_prefill_tokens == 0 and core.statistics_now.waiting:
                 steps.append(plan.steps)
         harness.parse()
-    assert len(steps) >= 5 and min(steps) > 1
+    assert sum(each > 1 for each in steps) > len(steps) / 2 > 2
 
 
 def test_samples_that_gave_way_come_back_where_they_just_fit() -> None:
