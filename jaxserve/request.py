@@ -147,6 +147,10 @@ def check_request(request: Request, limits: Limits) -> None:
     if abs(request.priority) > limits.max_priority:
         allowed = f"-{limits.max_priority} to {limits.max_priority} (smaller is more urgent)"
         raise BadRequest("priority", request.priority, allowed)
+    if not (math.isfinite(request.weight) and request.weight > 0):
+        raise BadRequest("weight", request.weight, "a positive number")
+    if request.deadline_s is not None and not math.isfinite(request.deadline_s):
+        raise BadRequest("deadline", request.deadline_s, "a time, in seconds")
     _check_prompt(request.prompt, limits)
     _check_lengths(request, limits)
     check_sampling(request.params)

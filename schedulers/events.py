@@ -72,7 +72,10 @@ Ran = tuple[RequestNumber, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Enact:
-    """Tokens really run, by request: one event for all that a slice ran, or all its chunks."""
+    """Tokens really run, by request: one event for all that a slice ran, or all its chunks.
+
+    Less than 0 output tokens: so many never counted, since a stop string was found in front.
+    """
 
     ran: Sequence[Ran]
 

@@ -139,10 +139,15 @@ class PagePool:
 
         A matched page that nobody reads yet costs one as well: it can no longer be evicted.
         """
+        return self.cost_of_all((num_tokens,), match)
+
+    def cost_of_all(self, num_tokens: Sequence[int], match: Match | None = None) -> int:
+        """As `cost`, of one lease for each of `num_tokens`: they share the matched pages."""
         if match is None:
-            return self.pages_for(num_tokens)
-        num_new = max(0, self.pages_for(num_tokens) - len(match.pages))
-        return num_new + self.tree.num_idle(match)
+            return sum([self.pages_for(each) for each in num_tokens])
+        found = len(match.pages)
+        new = sum([max(0, self.pages_for(each) - found) for each in num_tokens])
+        return new + self.tree.num_idle(match)
 
     # The life of a lease.
 

@@ -116,6 +116,7 @@ class ServiceMeter:
         self._stays: dict[str, _Stay] = {}  # longest first
         self._now_s = 0.0
         self._prompt = self._extend = self._output = self._refund = self._rows = 0
+        self._overrun = 0
         self._handlers: dict[type, Callable[[Any], None]] = {
             Enact: self._enact,
             Arrive: self._arrive,
@@ -217,6 +218,7 @@ class ServiceMeter:
             extend=self._extend,
             output=max(self._output, max(running, default=0)),
             refund=self._refund,
+            overrun=self._overrun,
             rows=self._rows,
             least_weight=least_weight,
         )
@@ -266,6 +268,9 @@ class ServiceMeter:
                 fresh = before - request.unrun
                 request.computed += fresh
                 request.client.computed += fresh
+            if num_output < 0:  # it never counted
+                self._output = max(self._output, request.made)
+                self._overrun = max(self._overrun, -num_output)
             request.made += num_output
             request.client.output += num_output
 

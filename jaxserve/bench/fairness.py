@@ -1,7 +1,8 @@
 """One greedy client beside polite ones on a live server: who is served, and what is found cached.
 
 Every client has prompts of its own that begin with one of a few long prefixes. All keep streams
-open in a closed loop, so that everybody always waits; the greedy one keeps several times as many.
+open in a closed loop, more than there are rows, so that somebody of each always waits, whoever
+runs; the greedy one keeps several times as many.
 The pool is too small for all prefixes, so that an order that jumps between them finds less cached.
 
 Service is priced as in papers.md 0.2: computed prompt tokens, and output tokens twice.
@@ -80,8 +81,8 @@ def measure(
     model: str = "demo",
     warm_s: float = 5.0,
     window_s: float = 20.0,
-    polite_streams: int = 8,
-    greedy_streams: int = 32,
+    polite_streams: int = 16,
+    greedy_streams: int = 64,
 ) -> Fairness:
     """Serve with an order, load it, and count what ends inside the window."""
     flags = [*FLAGS, f"--order={order}", *(f"--order_options={option}" for option in options)]

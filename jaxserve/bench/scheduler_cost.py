@@ -5,8 +5,8 @@ the plan, and takes in the result. The order's share is the time inside its own 
 its plan, the cache changes it hears of. Results come from the scripted executor, outside of the
 clock.
 
-Half of every prompt is shared by all requests. Every so often that prefix is evicted and inserted
-again, as far as the order knows: the change that touches everybody who waits.
+Half of every prompt is shared by all requests. Every so often that prefix is evicted, and a cycle
+later inserted again, as far as the order knows: the changes that touch everybody who waits.
 """
 
 import time
@@ -204,6 +204,7 @@ def _run(
         packer.pack(plan)
         if cycle % CHANGE_EVERY == 0:
             core.pool.tree.on_change(Removed(0, load.shared_keys[::-1]))
+        elif cycle % CHANGE_EVERY == 1:
             core.pool.tree.on_change(Stored(0, NO_PARENT, load.shared_keys))
         host_s = time.perf_counter() - began_s
         result = executor.wait(executor.dispatch(plan))

@@ -109,11 +109,11 @@ class Admitter:
         self.blocked = False
         order, jobs, tile = self._core.order, self._core.jobs, self._config.tile
         running: RunningRows | None = None
-        misfit: int | None = None
+        misfits: set[int] = set()
         anybody = False
         while budget > 0 and self._free_slots:
             number = order.next()
-            if number is None or number == misfit:
+            if number is None or number in misfits:
                 break
             job = jobs[number]
             size: int | None = None
@@ -126,7 +126,7 @@ class Admitter:
                     continue
                 self.blocked = self.blocked or size is None
             if size is None:
-                misfit = number
+                misfits.add(number)
                 order.on(Misfit(number))
                 continue
             budget -= max(size, tile)
@@ -142,7 +142,7 @@ class Admitter:
         match = pool.tree.match(job.page_keys) if job.page_keys else None
         candidate = Candidate(
             num_tokens=max([row.length for row in leaders]),
-            cost_pages=sum([pool.cost(row.length, match) for row in leaders]),
+            cost_pages=pool.cost_of_all([row.length for row in leaders], match),
             max_output=max([row.remaining for row in rows]),
             num_samples=len(rows),
             client=job.request.client,

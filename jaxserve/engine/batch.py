@@ -149,7 +149,7 @@ class Packer:
                 if row.start is not None:
                     self._set_record(row.slot, row.start)
                     kinds[place], sample_from[place] = START, last
-                greatest[row.slot] = 0  # another request's
+                greatest[row.slot] = 0  # what is written may be another request's
             if greatest[row.slot] < len(row.pages):
                 self._grow_table(row)
         records = self._records

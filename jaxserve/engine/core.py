@@ -7,7 +7,6 @@ is only how long it is, so its lease always covers the most it can have.
 """
 
 import heapq
-import math
 import operator
 from collections import deque
 from collections.abc import Callable
@@ -88,7 +87,7 @@ class EngineCore:
         self._in_flight: deque[_InFlight] = deque()
         self._last_slice = 0
         self._depth = 1
-        self._fits = (0, 0, 0)  # tokens, output tokens and samples of a request that would
+        self._fits = (0, 0)  # tokens and output tokens of a request that would
         self._expiries: list[tuple[float, int, bool]] = []
         self._outbox: list[Delta] = []
         self.statistics_now = EngineStatistics(page_size=config.page_size)
@@ -139,6 +138,9 @@ class EngineCore:
         timeout_s = self.config.scheduler.queue_timeout_s
         if timeout_s:
             heapq.heappush(self._expiries, (now_s + timeout_s, job.number, False))
+        if len(self._expiries) > 4 * len(self.jobs) + 1000:  # most are of requests that ended
+            self._expiries = [each for each in self._expiries if each[1] in self.jobs]
+            heapq.heapify(self._expiries)
 
     def abort(
         self,
@@ -159,11 +161,22 @@ class EngineCore:
         ended = [each for each in job.sequences if sample in (-1, each.sample)]
         for sequence in ended:
             if keep_tokens is not None:
-                sequence.keep(keep_tokens)
+                self._take_back(sequence, keep_tokens)
             if reason is FinishReason.STOP:
                 self.admission.finished(job.request.client, len(sequence.made))
             self._end(sequence, reason, event=Abort)
         return bool(ended)
+
+    def _take_back(self, sequence: Sequence, keep_tokens: int) -> None:
+        """Output behind a stop string never counted: nobody is charged for it. (But whoever was
+        preempted since stays charged: policies hear of tokens of running requests alone.)"""
+        overrun = len(sequence.made) - keep_tokens
+        if overrun <= 0:
+            return
+        sequence.keep(keep_tokens)
+        self.statistics_now.output_tokens -= overrun
+        if sequence.job.running:
+            self.order.on(Enact([(sequence.job.number, 0, -overrun)]))
 
     def limit_row(self, request_id: str, sample: int, max_steps: int) -> None:
         """Let a sample run at most `max_steps` steps per slice (0: as many as the slice has)."""
@@ -311,6 +324,7 @@ class EngineCore:
         if job.parent is not None:
             self._release(job.parent)
             job.parent.phase = Phase.DONE
+            job.parent = None  # or the two would keep each other
         if not job.running:
             self.statistics_now.waiting -= 1
             self.statistics_now.waiting_tokens -= job.request.prompt.size
@@ -403,9 +417,11 @@ class EngineCore:
             raise DeadlinePassed(why)
 
     def _check_fits(self, request: Request, max_output: int) -> None:
-        size = (request.prompt.size, max_output, request.params.n)
-        # Rules are monotone: what is no larger in any way than something that fits fits too.
-        if all(map(operator.le, size, self._fits)):
+        size = (request.prompt.size, max_output)
+        single = request.params.n == 1
+        # For single samples rules are monotone: what is no larger in any way than something that
+        # fits fits too. Several share whole pages, so that a longer prompt may cost less.
+        if single and all(map(operator.le, size, self._fits)):
             return
         candidate = Candidate(
             num_tokens=request.prompt.size,
@@ -423,7 +439,7 @@ class EngineCore:
                 f" {self.config.scheduler.admission!r}"
             )
             raise BadRequest("prompt and max_tokens", got, allowed)
-        if math.prod(size) > math.prod(self._fits):
+        if single and sum(size) > sum(self._fits):
             self._fits = size
 
     def _check_queue(self, request: Request, now_s: float) -> None:

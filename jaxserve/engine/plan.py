@@ -46,7 +46,8 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class RowPlan:
-    """One row of a slice. Never changed once made; not frozen, which takes three times as long.
+    """One row of a slice, as of its dispatch. `pages` is the lease's own list and may grow later.
+    Never changed otherwise; not frozen, which takes three times as long.
 
     `slot` is its place in device state. It may add up to `steps` tokens, and none that would need a
     key or value at or beyond position `cover`: its lease ends there. `pages` is its page-table row.

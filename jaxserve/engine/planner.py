@@ -138,7 +138,8 @@ class Planner:
         were of mean length. To ask the order who they are would cost more than it is worth: who is
         second depends on who goes first."""
         now = self._core.statistics_now
-        rows = min(self._admits.num_free_slots, now.waiting)
+        # Whom memory keeps out a slot does not let in, and a short slice would not either.
+        rows = 0 if self._admits.blocked else min(self._admits.num_free_slots, now.waiting)
         return rows * self._tiled(now.waiting_tokens // now.waiting) if rows else 0
 
     # Rows that decode already.
@@ -204,8 +205,9 @@ class Planner:
         return sorted(staying, key=self._victim_rank)[-1]
 
     def _victims_last(self, rows: list[Sequence]) -> list[Sequence]:
-        """Rows, given in the order, with who gives way first at the end, so that a victim is not in
-        the slice already: planning does not change ranks."""
+        """Rows, given in the order, with who gives way first at the end, so that a victim is hardly
+        ever in the slice already. (A preemption's refund may change the order; see where victims
+        are taken.)"""
         if self._core.victim_key is None:
             return rows
         return sorted(rows, key=lambda row: self._victim_rank(row.job))

@@ -51,15 +51,16 @@ class Extremes:
     """The largest of what was seen so far, in tokens; service bounds are made of it.
 
     `prompt` of one request, `extend` of one admission, `output` of one request, `refund` of one
-    request that stopped before its prompt was run, with what it found cached if nothing was. `rows`
-    counts requests of one client that ran at once; `least_weight` is that of the clients that are
-    compared.
+    request that stopped before its prompt was run, with what it found cached if nothing was,
+    `overrun` output of one that never counted. `rows` counts requests of one client that ran at
+    once; `least_weight` is that of the clients that are compared.
     """
 
     prompt: int = 0
     extend: int = 0
     output: int = 0
     refund: int = 0
+    overrun: int = 0
     rows: int = 0
     least_weight: float = 1.0
 

@@ -201,7 +201,8 @@ class Dlpm:
         prices = self.prices
         extend = prices.w_in * (seen.extend + prices.price_cached * seen.prompt)
         overdraft = extend + prices.w_out * seen.rows * seen.output
-        refund = prices.w_in * max(1.0, prices.price_cached) * seen.rows * seen.refund
+        prompts = prices.w_in * max(1.0, prices.price_cached) * seen.refund
+        refund = seen.rows * (prompts + prices.w_out * seen.overrun)
         return 2 * (self._parameters.quantum + (overdraft + refund) / seen.least_weight)
 
     # Credit.

@@ -122,8 +122,9 @@ class Vtc:
             return None
         prices = self.prices
         priciest = prices.w_in * max(1.0, prices.price_cached)
-        prompts = priciest * (seen.prompt + seen.rows * seen.refund)
-        return 2 * (prompts + prices.w_out * seen.rows * seen.output) / seen.least_weight
+        output = prices.w_out * seen.rows * seen.output
+        refund = seen.rows * (priciest * seen.refund + prices.w_out * seen.overrun)
+        return 2 * (priciest * seen.prompt + output + refund) / seen.least_weight
 
     def _tick(self, event: Tick) -> None:
         self._now_s = event.now_s

@@ -1,5 +1,7 @@
 """The core against the scripted device: every request ends once, with the tokens it should have."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -331,6 +333,66 @@ def test_a_stop_string_match_cuts_what_came_after_it() -> None:
     assert harness.finish["s", 0].finish is FinishReason.STOP
     # 10 prompt and 3 output tokens count, the newest has no key and value: one whole page of 8
     assert core.pool.statistics().cached == 1
+
+
+def test_what_came_after_a_stop_string_is_not_charged() -> None:
+    core = make_core(slicing="fixed", slice_steps=8, order="dlpm", order_options=("quantum=100",))
+    harness = Harness(core)
+    harness.submit(make_request("s", list(range(10)), max_tokens=64, client="c"))
+    harness.dispatch()
+    harness.parse()
+    assert core.meter.clients()[0].output == 8
+    core.abort("s", reason=FinishReason.STOP, keep_tokens=3)
+    harness.run()
+    (served,) = core.meter.clients()
+    assert (served.computed, served.output, served.credit) == (10, 3, 100 - 10 - 2 * 3)
+    assert core.statistics_now.output_tokens == 3
+
+
+def test_who_memory_keeps_out_is_no_reason_for_short_slices() -> None:
+    core = make_core(num_pages=12, slicing="adaptive", slice_steps=16)
+    harness, steps = Harness(core), []
+    for number in range(12):
+        harness.submit(make_request(f"r{number}", [number] * 20, max_tokens=40))
+    for _ in range(30):
+        plan = core.next_slice(harness.now_s)
+        if plan is not None:
+            harness.flights.append(harness.device.dispatch(plan))
+            if plan.num_prefill_tokens == 0 and core.statistics_now.waiting:
+                steps.append(plan.steps)
+        harness.parse()
+    assert sum(each > 1 for each in steps) > len(steps) / 2 > 2
+
+
+def test_samples_that_gave_way_come_back_where_they_just_fit() -> None:
+    core = make_core(num_pages=30, slicing="fixed", slice_steps=4, overlap=False)
+    harness = Harness(core)
+    request = make_request("four", list(range(1, 66)), n=4, max_tokens=20)
+    harness.submit(request)
+    for _ in range(5):
+        harness.dispatch()
+        harness.parse()
+    core.preempt(core.jobs[1])
+    assert core.statistics_now.preemptions == 1 and core.jobs[1].sequences[0].made
+    harness.run()
+    for sample in range(4):
+        assert harness.tokens["four", sample] == expected(request)
+
+
+def test_what_fitted_before_says_nothing_of_several_samples() -> None:
+    core = make_core(num_pages=5, admission="reserve_prompt", watermark_pages=0)
+    short = make_request("short", list(range(8)), n=4, max_tokens=8)
+    with pytest.raises(BadRequest, match="KV pool"):
+        core.submit(short, 0.0)
+    core.submit(make_request("longer", list(range(9)), n=4, max_tokens=8), 0.0)
+    with pytest.raises(BadRequest, match="KV pool"):
+        core.submit(short, 0.0)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused(weight: float) -> None:
+    with pytest.raises(BadRequest, match="weight"):
+        make_core().submit(replace(make_request("r", [1]), weight=weight), 0.0)
 
 
 def test_what_can_never_run_is_refused() -> None:
