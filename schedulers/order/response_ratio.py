@@ -108,15 +108,25 @@ class _Matches(PromptTree[_Home]):
         self._rows, self._page_size = rows, page_size
         self.cached = np.zeros(FIRST_SIZE)
         self._free = list(range(FIRST_SIZE))
-        self.changed: set[int] = set()  # places of homes whose match may have
+        self._changed: set[int] = set()  # places of homes whose match may have
+        self._moved: set[RequestNumber] = set()  # to another home, with its match
         super().__init__()
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether anybody's match may have changed since the rows were last asked for."""
+        return bool(self._changed or self._moved)
+
     def changed_rows(self) -> np.ndarray:
-        """Rows of requests that live in a changed home; then none counts as changed."""
+        """Rows of requests whose match may have changed since this was last asked."""
         is_changed = np.zeros(len(self.cached), bool)
-        is_changed[list(self.changed)] = True
-        self.changed.clear()
-        return np.flatnonzero(is_changed[self._rows.places])
+        is_changed[list(self._changed)] = True
+        is_row_changed = is_changed[self._rows.places]
+        row_of = self._rows.row_of
+        is_row_changed[[row_of[number] for number in self._moved if number in row_of]] = True
+        self._changed.clear()
+        self._moved.clear()
+        return np.flatnonzero(is_row_changed)
 
     def _make_home(self, node: Node, above: _Home | None) -> _Home:
         home = _Home(node, above)
@@ -128,7 +138,8 @@ class _Matches(PromptTree[_Home]):
         return home
 
     def _moving_up(self, home: _Home) -> None:
-        self.changed.add(home.above.place)
+        rows = self._rows
+        self._moved.update(rows.numbers[rows.places == home.place].tolist())
 
     def _unmake_home(self, home: _Home) -> None:
         self._free.append(home.place)
@@ -141,7 +152,7 @@ class _Matches(PromptTree[_Home]):
 
     def _rematched(self, home: _Home, before: int) -> None:
         self.cached[home.place] = home.match * self._page_size
-        self.changed.add(home.place)
+        self._changed.add(home.place)
 
 
 class ResponseRatio:
@@ -293,7 +304,7 @@ class ResponseRatio:
 
     def _settle(self) -> None:
         """Have the first one chosen, if anybody waits."""
-        if self._matches.changed:
+        if self._matches.is_changed:
             self._place_anew()
         if not self._chosen:
             self._choose()
