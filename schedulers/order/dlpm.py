@@ -61,7 +61,7 @@ class DlpmParameters:
     tokens that are computed again after a preemption are charged again.
     """
 
-    quantum: float = 4096.0
+    quantum: float = 8192.0
     w_in: float = 1.0
     w_out: float = 2.0
     price_cached: float = 0.0

@@ -94,7 +94,7 @@ def test_a_weight_that_changed_counts_from_then_on(order) -> None:
         assert order.counters()["a"] == 8 + 2
     else:
         order.on(arrive(3, "a", 8, weight=4.0))
-        assert order.next() == 3 and order.credits()["a"] == 4 * 4096 - 16
+        assert order.next() == 3 and order.credits()["a"] == 4 * 8192 - 16
 
 
 def test_vtc_forgets_nobody_early_whom_an_empty_queue_would_not_lift() -> None:
