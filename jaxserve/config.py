@@ -82,7 +82,7 @@ class CacheConfig:
 class SchedulerConfig:
     """Order, admission, slicing and victims of one replica, and the bounds of its queue.
 
-    `..._options` set a policy's parameters, such as "quantum=16384"; `jaxserve policies` lists them.
+    `..._options` set a policy's parameters, such as "quantum=9000"; `jaxserve policies` lists them.
     `max_rows` is the most sequences that run at once, `max_prefill_tokens` the most prompt tokens
     a tick may hold beside its decode rows. `slice_steps` is S of `fixed` and the most steps of
     `adaptive` (tokens per row and slice). `max_gap_ms` bounds the delivery gap of running streams
