@@ -204,7 +204,7 @@ def test_policies_are_listed_with_their_parameters(capsys):
     for name in (*ORDERS, *ADMISSIONS, *SLICINGS, *VICTIMS, *PRESETS):
         assert f"\n{name}" in out
     assert "never_preempts" in out and "min_samples=16" in out and "--slicing=sequence" in out
-    assert "quantum=4096.0" in out and "reconstruction" in out and "bounded_service_gap" in out
+    assert "quantum=8192.0" in out and "reconstruction" in out and "bounded_service_gap" in out
 
 
 @pytest.mark.parametrize(
