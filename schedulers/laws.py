@@ -5,12 +5,13 @@ Knows no policy: `catalog.py` says who claims what.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Final
 
 from .events import Event
+from .jain import jain
 from .order import Order
 from .toy_engine import PAGE, ToyEngine, Work
 
@@ -145,11 +146,6 @@ def _expect_served(make: Make, seed: int, *, quiet: str) -> None:
     raise AssertionError(f"a request of {quiet!r} waited for {10 * STEPS} others")
 
 
-def jain(shares: Sequence[float]) -> float:
-    """Jain's index: 1 when all shares are equal, 1 / len(shares) when one has everything."""
-    return sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares))
-
-
 SLOTS: Final = 3
 MOST_WINDOWS: Final = 10
 OVERDRAFT: Final = LONGEST_PROMPT + MOST_OUTPUT + 2.0 * SLOTS * MOST_OUTPUT
@@ -190,7 +186,8 @@ def shares_evenly(make: Make, seed: int) -> None:
         history.append(list(engine.charged.values()))
         while sum(history[-1]) - sum(history[first]) >= 20 * (MOST_QUANTUM + OVERDRAFT):
             window = [b - a for a, b in zip(history[first], history[-1], strict=True)]
-            assert jain(window) >= 0.95, window
+            index = jain(window)
+            assert index is not None and index >= 0.95, window
             first += 1
         if first > MOST_WINDOWS:
             return

@@ -1,6 +1,6 @@
 """What each client was served, and how far clients with work throughout are apart.
 
-Knows events and an order, which it passes every event on to. Knows no engine, no clock.
+Knows events and an order, which it passes them on to. Knows no engine, no clock.
 
 Service is priced as the order prices it, or at 1 for a prompt token and 2 for an output token:
 with all prompt tokens, or with those alone that were not found cached. Tokens that are computed
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .events import Abort, Admit, Arrive, Enact, Event, Finish, Preempt, RequestNumber, Tick
+from .jain import jain
 from .order.base import Extremes, FairOrder, Order
-from .order.charges import MOST_IDLE, IdleClients, Prices, num_known
+from .order.charges import MOST_IDLE, IdleClients, Prefill, Prices, num_known
 
 DEFAULT_PRICES: Final = Prices(w_in=1.0, w_out=2.0, price_cached=0.0)
 """Of orders that charge nobody."""
@@ -70,9 +71,8 @@ class _Client:
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
-    """`extend` prompt tokens are computed in its present admission, the last `fresh` of which
-    nobody computed before; `ran` of them have been run."""
+class _Request(Prefill):
+    """Its prompt tokens that were `computed`, nothing twice, and output tokens that were `made`."""
 
     client: _Client
     num_prompt_tokens: int
@@ -81,14 +81,6 @@ class _Request:
     running: bool = False
     computed: int = 0
     made: int = 0
-    extend: int = 0
-    fresh: int = 0
-    ran: int = 0
-
-    @property
-    def unrun(self) -> int:
-        """Fresh tokens that have not been run."""
-        return min(self.fresh, self.extend - self.ran)
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +93,8 @@ class _Stay:
 
 
 class ServiceMeter:
-    """An order, metered: it hears of every event first, and is who answers."""
+    """An order, metered: what happens to requests is told to the order, then counted. What the
+    cache holds is nothing to the meter, and may be told to the order alone."""
 
     def __init__(self, order: Order):
         self.order = order
@@ -169,13 +162,12 @@ class ServiceMeter:
         served = [
             (self._served(client) - newest.at[client.name]) / client.weight for client in clients
         ]
-        squares = len(served) * sum(each * each for each in served)
         return ServiceWindow(
             clients=len(stays),
             seconds=self._now_s - newest.since_s,
             gap=max(served) - min(served),
             bound=self._bound(min(client.weight for client in clients)),
-            jain=sum(served) ** 2 / squares if len(served) > 1 and squares else None,
+            jain=jain(served) if len(served) > 1 else None,
         )
 
     def values(self) -> Mapping[str, float]:
@@ -252,7 +244,7 @@ class ServiceMeter:
         known = num_known(
             request.computed, request.made, request.num_prompt_tokens, request.num_samples
         )
-        request.extend, request.fresh, request.ran = extend, max(0, extend - known), 0
+        request.begin(extend, known)
         client.running += 1
         self._leave(client)
         self._extend = max(self._extend, extend)
@@ -263,9 +255,7 @@ class ServiceMeter:
         for number, num_prompt, num_output in event.ran:
             request = requests[number]
             if num_prompt:
-                before = request.unrun
-                request.ran += num_prompt
-                fresh = before - request.unrun
+                fresh = request.run(num_prompt)
                 request.computed += fresh
                 request.client.computed += fresh
             if num_output < 0:  # it never counted
@@ -291,11 +281,11 @@ class ServiceMeter:
 
     def _stop(self, request: _Request) -> None:
         self._output = max(self._output, request.made)
-        refund = request.unrun
+        refund = request.stop()
         if not request.ran:
             refund += max(0, request.num_prompt_tokens - request.extend)
         self._refund = max(self._refund, refund)
-        request.running, request.fresh = False, 0
+        request.running = False
         request.client.running -= 1
 
     # Who waits.

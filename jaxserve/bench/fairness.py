@@ -19,6 +19,7 @@ import numpy as np
 from jaxserve.bench.peers.jaxserve_peer import serving
 from jaxserve.client import AsyncClient
 from jaxserve.request import SamplingParams
+from jaxserve.schedulers.jain import jain
 
 POLITE: Final = ("polite-1", "polite-2", "polite-3")
 GREEDY: Final = "greedy"
@@ -53,10 +54,9 @@ class Fairness:
     served: dict[str, Served]
 
     @property
-    def jain(self) -> float:
-        """Of service, over all clients: all had demand throughout."""
-        services = np.array([served.service for served in self.served.values()])
-        return float(services.sum() ** 2 / (services.size * (services**2).sum()))
+    def jain(self) -> float | None:
+        """Of service, over all clients: all had demand throughout. None where nobody got any."""
+        return jain([served.service for served in self.served.values()])
 
     @property
     def hit_rate(self) -> float:

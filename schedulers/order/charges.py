@@ -75,10 +75,39 @@ class Bill(NamedTuple):
 NOTHING = Bill(0.0)
 
 
+@dataclass(slots=True, kw_only=True)
+class Prefill:
+    """Prompt tokens of a request's present admission: it computes `extend`, the last `fresh` of
+    which count; `ran` of them have been run."""
+
+    extend: int = 0
+    fresh: int = 0
+    ran: int = 0
+
+    @property
+    def unrun(self) -> int:
+        """Fresh tokens that have not been run."""
+        return min(self.fresh, self.extend - self.ran)
+
+    def begin(self, extend: int, known: int) -> None:
+        """The request is let in; `known` of its tokens were computed before."""
+        self.extend, self.fresh, self.ran = extend, max(0, extend - known), 0
+
+    def run(self, num_tokens: int) -> int:
+        """So many tokens were run: how many of them were fresh."""
+        before = self.unrun
+        self.ran += num_tokens
+        return before - self.unrun
+
+    def stop(self) -> int:
+        """The request was preempted or ended: fresh tokens that will not be run."""
+        unrun, self.fresh = self.unrun, 0
+        return unrun
+
+
 @dataclass(slots=True)
-class _Account:
-    """Tokens of one request. `extend` are those that its present admission computes, the last
-    `fresh` of which are charged; `ran` of them have been run.
+class _Account(Prefill):
+    """Tokens of one request.
 
     `cached` is what was charged for tokens found cached. It is settled once anything has `begun`,
     that is, was run in an admission that is over.
@@ -90,14 +119,6 @@ class _Account:
     begun: bool = False
     made: int = 0
     paid: int = 0
-    extend: int = 0
-    fresh: int = 0
-    ran: int = 0
-
-    @property
-    def unrun(self) -> int:
-        """Fresh tokens that have not been run."""
-        return min(self.fresh, self.extend - self.ran)
 
 
 def num_known(paid: int, made: int, num_prompt_tokens: int, num_samples: int) -> int:
@@ -137,7 +158,7 @@ class Charges:
             known = num_known(
                 account.paid, account.made, account.num_prompt_tokens, account.num_samples
             )
-        account.extend, account.fresh, account.ran = extend, max(0, extend - known), 0
+        account.begin(extend, known)
         if prices.at_enactment:
             return Bill(charge, prices.w_in * account.fresh)
         account.paid += account.fresh
@@ -155,10 +176,8 @@ class Charges:
             account.made += num_output
             outputs[owner] += num_output
             if num_prompt:
-                before = account.unrun
-                account.ran += num_prompt
+                fresh = account.run(num_prompt)
                 if prices.at_enactment:
-                    fresh = before - account.unrun
                     account.paid += fresh
                     prompts[owner] += fresh
         bills = {}
@@ -171,7 +190,7 @@ class Charges:
         """A running request was preempted or ended: what was not run is given back, and if nothing
         ever was, what was found cached."""
         account, prices = self._accounts[number], self._prices
-        unrun, account.fresh = account.unrun, 0
+        unrun = account.stop()
         account.begun = account.begun or account.ran > 0
         back = 0.0 if account.begun else account.cached
         if not unrun and not back:

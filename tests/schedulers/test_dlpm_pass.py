@@ -46,10 +46,11 @@ class PlainDlpm:
         return self.named
 
     def waiting(self) -> Iterator[int]:
-        raise NotImplementedError
+        return iter(self.by_match())
 
     def running(self) -> list[int]:
-        raise NotImplementedError
+        assert self.engine is not None
+        return list(self.engine.running)
 
     def walk(self) -> Iterator[int]:
         return self.mid_pass() if self.known.refill_when == "mid_pass" else self.end_of_pass()

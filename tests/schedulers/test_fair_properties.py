@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.schedulers.laws import LAWS, LONGEST_PROMPT, MOST_OUTPUT, MOST_PAGES, jain
+from jaxserve.schedulers.jain import jain
+from jaxserve.schedulers.laws import LAWS, LONGEST_PROMPT, MOST_OUTPUT, MOST_PAGES
 from jaxserve.schedulers.order import Order
 from jaxserve.schedulers.order.dlpm import Dlpm, DlpmParameters
 from jaxserve.schedulers.order.fcfs import Fcfs
