@@ -16,12 +16,14 @@ from .least_squares import RecursiveLeastSquares
 
 @dataclass(frozen=True, slots=True)
 class SliceShape:
-    """What a slice runs: `attended_tokens` sums the context of each row over the steps."""
+    """What a slice runs: `attended_tokens` sums the context of each row over the steps, and
+    `prefill_attended_tokens` that of each prompt token, where it is known."""
 
     steps: int
     rows: int
     attended_tokens: int
     prefill_tokens: int
+    prefill_attended_tokens: int = 0
 
 
 _SCALE = np.array([1.0, 1e-1, 1e-3, 1e-5, 1e-3])

@@ -1,0 +1,1 @@
+"""Workloads: requests with arrivals, clients and prefixes, for load client and simulator."""
