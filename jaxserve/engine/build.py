@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
+from jaxserve.engine.buckets import make_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
@@ -114,7 +115,7 @@ def _build_jax(
     from jaxserve.engine.batch import BatchShape
     from jaxserve.engine.compile_count import CompileCount
     from jaxserve.engine.devices import open_mesh
-    from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
+    from jaxserve.engine.jax_executor import JaxExecutor
     from jaxserve.kernels.backend import resolve
 
     count = CompileCount()
