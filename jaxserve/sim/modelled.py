@@ -35,6 +35,7 @@ class _Row:
     token: int
     tokens: Sequence[int] | None
     prompt: int
+    fresh: bool = True  # its first token comes from the prompt, without a decode step
     done: bool = False
 
 
@@ -143,7 +144,9 @@ class ModelledExecutor:
             if row is None:
                 continue
             count = counts[place] = may[place] if may[place] < steps_run else steps_run
-            attended += count * row.length + count * (count + 1) // 2
+            decode_steps = count - 1 if row.fresh and count else count
+            attended += decode_steps * row.length + count * (count - 1) // 2
+            row.fresh = False
             first[place] = row.token
             if row.tokens is not None:
                 at = row.length - row.prompt

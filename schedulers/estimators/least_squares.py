@@ -73,11 +73,11 @@ class RecursiveLeastSquares:
     def observe(self, row: np.ndarray, value: float) -> None:
         """Learn from one point."""
         x = row * self._scale
-        gain = self._covariance @ x / (self._forgetting + x @ self._covariance @ x)
-        self._weights = self._weights + gain * (value - self._weights @ x)
-        self._covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / (
-            self._forgetting
-        )
-        trace = np.trace(self._covariance)
+        spread = self._covariance @ x  # and x @ covariance, which is symmetric
+        gain = spread / (self._forgetting + x @ spread)
+        self._weights += gain * (value - self._weights @ x)
+        self._covariance -= gain[:, None] * spread
+        self._covariance /= self._forgetting
+        trace = self._covariance.trace()
         if trace > self._most_trace:  # forgetting without new directions lets it blow up: bound it
             self._covariance *= self._most_trace / trace
