@@ -7,12 +7,11 @@ workload as they are needed; loops that wait read ahead only as far as the reque
 from collections import Counter, deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 from jaxserve.errors import ConfigError
 from jaxserve.workload.work import Work, Workload
 
-Loop = Literal["open", "closed", "sessions"]
 LOOPS: Final = ("open", "closed", "sessions")
 
 
@@ -31,7 +30,7 @@ class Feed:
         self,
         workload: Workload,
         *,
-        loop: Loop = "open",
+        loop: str = "open",
         concurrency: int = 0,
         per_client: bool = False,
     ):
@@ -42,7 +41,7 @@ class Feed:
                 self._loop = _Open(workload)
             case "closed":
                 self._loop = _Closed(workload, concurrency, per_client=per_client)
-            case "sessions":
+            case _:
                 self._loop = _Sessions(workload)
 
     def next_s(self) -> float | None:

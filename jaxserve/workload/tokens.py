@@ -64,10 +64,10 @@ def page_keys_of(
     """One key of 16 bytes for each whole page of the prompt, without drawing a token.
 
     Two requests have equal keys exactly where `prefix_tree.page_keys` of their drawn tokens has
-    (up to chance where a page ends a token or two inside a block, which then need not differ). A key
-    is the id of the block that holds the page's last token, for ids are chained, and the
-    page's place; a page that reaches past the blocks is the request's own. `scope` numbers who may
-    share: other numbers, other keys.
+    (up to chance, where a page ends a token or two inside a block). A key is the id of the block
+    that holds the page's last token, for ids are chained, and the page's place; a page that reaches
+    past the blocks is the request's own. `scope`, 32 bits, numbers who may share: other numbers,
+    other keys.
     """
     num_pages = work.prompt_tokens // page_size
     blocks = work.blocks

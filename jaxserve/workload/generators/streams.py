@@ -20,7 +20,7 @@ _CHUNKS: Final = (16, 64, 256, 1024)
 
 
 class Purpose(IntEnum):
-    """What a stream is drawn for. The numbers are part of what a seed means: add, do not reorder."""
+    """What a stream is drawn for. The numbers are part of what a seed means: only add."""
 
     ARRIVALS = 0
     PROMPT = 1
@@ -54,7 +54,9 @@ class Streams:
 
     def rng(self, client: int, purpose: Purpose) -> np.random.Generator:
         path = (self.part, client - SHARED, purpose)
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=path)))
+        return np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=path))
+        )
 
     def blocks(self, client: int) -> Blocks:
         """6 bits of an id are the part, 18 the client, 38 count."""

@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, cycle, islice, repeat
 from types import MappingProxyType
 from typing import Any, Final
@@ -33,7 +33,7 @@ from jaxserve.workload.work import Work, Workload
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Parts beside each other, each with its own clients: "chat rate=4 clients=3 + judge rate=1"."""
+    """Generators with their options, joined by "+": each is a part with its own clients."""
 
     parts: str = "chat rate=4 clients=3 + shared_prefix rate=8 clients=3 + judge rate=4 clients=2"
 

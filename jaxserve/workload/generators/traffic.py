@@ -54,7 +54,9 @@ def check_traffic(traffic: Traffic) -> None:
             )
         else:
             require(value == 0, name, value, f"unset unless arrivals={arrivals}")
-    require(1 <= traffic.clients <= MOST_CLIENTS, "clients", traffic.clients, f"1 to {MOST_CLIENTS}")
+    require(
+        1 <= traffic.clients <= MOST_CLIENTS, "clients", traffic.clients, f"1 to {MOST_CLIENTS}"
+    )
     not_negative("skew", traffic.skew)
     parse_weights(traffic.weights)
     positive("greedy", traffic.greedy)
@@ -107,7 +109,9 @@ def starts_s(traffic: Traffic, streams: Streams, client: int, rate: float) -> It
         case "gamma":
             shape = traffic.cv**-2
             scale = 1 / (shape * rate)
-            gaps = streams.values(client, Purpose.ARRIVALS, lambda rng, n: rng.gamma(shape, scale, n))
+            gaps = streams.values(
+                client, Purpose.ARRIVALS, lambda rng, n: rng.gamma(shape, scale, n)
+            )
         case "poisson":
             gaps = _gaps(streams, client, Purpose.ARRIVALS, 1 / rate)
     return accumulate(gaps)

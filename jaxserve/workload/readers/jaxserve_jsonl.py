@@ -30,20 +30,20 @@ def is_block_ids(value: Any) -> bool:
 
 BLOCK_IDS: Final = f"a list of whole numbers, 0 to {MOST_BLOCK_ID}"
 _RULES: Final = {
-    "arrival_s": number_rule("seconds, 0 or more", 0, needed=True),
+    "arrival_s": number_rule("seconds, 0 or more", needed=True),
     "prompt_tokens": count_rule(needed=True),
     "output_tokens": count_rule(needed=True),
     "client": Rule("a name or null", lambda value: value is None or isinstance(value, str)),
     "session": Rule("a name or null", lambda value: value is None or isinstance(value, str)),
     "block_hashes": optional(Rule(BLOCK_IDS, is_block_ids)),
     "max_tokens": optional(count_rule()),
-    "weight": optional(number_rule("a positive number", 0, above=True)),
+    "weight": optional(number_rule("a positive number", positive=True)),
     "priority": optional(
         Rule("a whole number of 32 bits", lambda value: type(value) is int and abs(value) < 2**31)
     ),
-    "deadline_s": optional(number_rule("a positive number", 0, above=True)),
-    "abort_s": optional(number_rule("seconds, 0 or more", 0)),
-    "think_s": optional(number_rule("seconds, 0 or more", 0)),
+    "deadline_s": optional(number_rule("a positive number", positive=True)),
+    "abort_s": optional(number_rule("seconds, 0 or more")),
+    "think_s": optional(number_rule("seconds, 0 or more")),
 }
 
 

@@ -6,8 +6,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from jaxserve.errors import ConfigError
 
@@ -44,7 +45,7 @@ class Lines:
             reason = error.strerror or str(error)
             raise ConfigError(f"trace: got {self.path!r} ({reason}); allowed: a file") from None
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> BufferedReader | gzip.GzipFile:
         with open(self.path, "rb") as file:
             zipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         return gzip.open(self.path, "rb") if zipped else open(self.path, "rb")
@@ -53,7 +54,9 @@ class Lines:
         """The first line. Raises ConfigError for an empty file."""
         for numbered in self:
             return numbered
-        raise ConfigError(f"trace: got {self.path!r}, which is empty; allowed: requests, one a line")
+        raise ConfigError(
+            f"trace: got {self.path!r}, which is empty; allowed: requests, one a line"
+        )
 
     @property
     def name(self) -> str:
@@ -83,11 +86,13 @@ class Rule:
     needed: bool = False
 
 
-def number_rule(allowed: str, least: float, *, needed: bool = False, above: bool = False) -> Rule:
+def number_rule(allowed: str, *, needed: bool = False, positive: bool = False) -> Rule:
+    """Of a number that is not negative, or positive."""
+
     def holds(value: Any) -> bool:
         if type(value) not in (int, float) or not math.isfinite(value):
             return False
-        return value > least if above else value >= least
+        return value > 0 if positive else value >= 0
 
     return Rule(allowed, holds, needed)
 
@@ -106,7 +111,13 @@ def optional(rule: Rule) -> Rule:
 
 
 def explain_json(
-    lines: Lines, number: int, line: bytes, rules: Mapping[str, Rule], error: Exception, *, strict: bool
+    lines: Lines,
+    number: int,
+    line: bytes,
+    rules: Mapping[str, Rule],
+    error: Exception,
+    *,
+    strict: bool,
 ) -> ConfigError:
     """What is wrong with a line that the decoder refused for `error`; `strict`: it may have no
     other fields."""
@@ -125,5 +136,7 @@ def explain_json(
             return lines.error(number, name, values[name], rule.allowed)
     for name in values:
         if strict and name not in rules:
-            return lines.error(number, name, values[name], f"no such field, only {', '.join(rules)}")
+            return lines.error(
+                number, name, values[name], f"no such field, only {', '.join(rules)}"
+            )
     return lines.error(number, "line", line.decode(errors="replace"), f"({error})")

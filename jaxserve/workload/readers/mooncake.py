@@ -23,7 +23,7 @@ class _Line(msgspec.Struct):
 
 
 _RULES: Final = {
-    "timestamp": number_rule("milliseconds, 0 or more", 0, needed=True),
+    "timestamp": number_rule("milliseconds, 0 or more", needed=True),
     "input_length": count_rule(needed=True),
     "output_length": count_rule(needed=True),
     "hash_ids": Rule(BLOCK_IDS, is_block_ids, needed=True),

@@ -1,4 +1,4 @@
-"""One line of a trace, whatever its format. Knows no workload: `trace.py` makes requests of rows."""
+"""One line of a trace, whatever its format. `trace.py` makes requests of rows."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

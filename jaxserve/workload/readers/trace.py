@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from jaxserve.workload.work import Work, Workload
 FORMATS: Final = MappingProxyType(
     {each.FORMAT.name: each.FORMAT for each in (jaxserve_jsonl, mooncake, azure)}
 )
-ClientFrom = Literal["auto", "client", "session", "none"]
 CLIENT_FROM: Final = ("auto", "client", "session", "none")
 ANONYMOUS: Final = "anonymous"
 _NO_BLOCK: Final = -1
@@ -32,7 +31,7 @@ def read_trace(
     path: str,
     *,
     trace_format: str = "auto",
-    client_from: ClientFrom = "auto",
+    client_from: str = "auto",
     jitter_s: float = 0.0,
     seed: int = 0,
     from_s: float = 0.0,
@@ -48,6 +47,9 @@ def read_trace(
 
     Raises ConfigError with file, line and field for the first thing in it that is not allowed.
     """
+    if client_from not in CLIENT_FROM:
+        allowed = ", ".join(CLIENT_FROM)
+        raise ConfigError(f"client_from: got {client_from!r}; allowed: {allowed}")
     lines = Lines(path)
     trace = _Trace(lines, _format(lines, trace_format), from_s, until_s)
     facts = trace.survey()
