@@ -27,6 +27,10 @@ from jaxserve.server_config import (
     LogConfig,
     ServerConfig,
 )
+from jaxserve.workload.config import TOO_LONG, WorkloadConfig
+from jaxserve.workload.feed import LOOPS
+from jaxserve.workload.generators import GENERATORS
+from jaxserve.workload.readers import CLIENT_FROM, FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,10 @@ def _order(name: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
 
 def _sampling(name: str, text: str) -> Flag:
     return Flag(name, SamplingParams, name, text)
+
+
+def _workload(name: str, path: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, WorkloadConfig, path, text, choices)
 
 
 MODEL: Final = Group(
@@ -230,5 +238,28 @@ SAMPLING: Final = Group(
         _sampling("stop", "string that ends the text; repeatable"),
         _sampling("include_stop", "print the stop string as well"),
         _sampling("ignore_eos", "go on after the model's end of sequence"),
+    ),
+)
+WORKLOAD: Final = Group(
+    "workload",
+    (
+        _workload("trace", "trace", "trace file, plain or gzip; empty: a generated workload"),
+        _workload("trace_format", "trace_format", "of the file", ("auto", *FORMATS)),
+        _workload("trace_from_s", "trace_from_s", "leave out what arrives before"),
+        _workload("trace_until_s", "trace_until_s", "leave out what arrives later; unset: nothing"),
+        _workload("client_from", "client_from", "what a trace's clients are", CLIENT_FROM),
+        _workload("jitter_s", "jitter_s", "delay arrivals at random by up to so much"),
+        _workload("workload", "workload", "generator; empty: fair_mix", ("", *GENERATORS)),
+        _workload("workload_options", "workload_options", "parameter=value of it; repeatable"),
+        _workload("workload_seed", "seed", "of generated workloads and of jitter"),
+        _workload("num_requests", "num_requests", "how many; unset: a whole trace, or 1000"),
+        _workload("rate", "rate", "requests per second on average; unset: as they come"),
+        _workload("time_scale", "time_scale", "multiplies arrivals and think times"),
+        _workload("length_scale", "length_scale", "multiplies prompts and outputs"),
+        _workload("workload_max_tokens", "max_tokens", "limit requests state; 0: their output"),
+        _workload("too_long", "too_long", "of requests beyond the model's context", TOO_LONG),
+        _workload("loop", "loop", "when to send: by arrival, or as earlier ones end", LOOPS),
+        _workload("concurrency", "concurrency", "requests under way with --loop=closed"),
+        _workload("per_client", "per_client", "--concurrency counts for each client"),
     ),
 )
