@@ -124,7 +124,7 @@ _ALL: Final = (
     ),
     Metric(
         "requests_per_s",
-        "Requests",
+        "Requests per second",
         "requests/s",
         HIGHER,
         "throughput",
@@ -132,7 +132,7 @@ _ALL: Final = (
     ),
     Metric(
         "input_tokens_per_s",
-        "Input tokens",
+        "Input tokens per second",
         "tokens/s",
         HIGHER,
         "throughput",
@@ -141,7 +141,7 @@ _ALL: Final = (
     ),
     Metric(
         "output_tokens_per_s",
-        "Output tokens",
+        "Output tokens per second",
         "tokens/s",
         HIGHER,
         "throughput",
@@ -149,7 +149,7 @@ _ALL: Final = (
     ),
     Metric(
         "total_tokens_per_s",
-        "All tokens",
+        "All tokens per second",
         "tokens/s",
         HIGHER,
         "throughput",
@@ -174,7 +174,7 @@ _ALL: Final = (
     ),
     Metric(
         "goodput_per_s",
-        "Goodput",
+        "Goodput per second",
         "requests/s",
         HIGHER,
         "goodput",
@@ -193,7 +193,7 @@ _ALL: Final = (
     ),
     Metric(
         "jain_service_clients",
-        "its n",
+        "n of Jain, service",
         "",
         NEITHER,
         "fairness",
@@ -211,7 +211,7 @@ _ALL: Final = (
     ),
     Metric(
         "jain_backlogged_clients",
-        "its n",
+        "n of Jain, backlogged",
         "",
         NEITHER,
         "fairness",
@@ -228,7 +228,7 @@ _ALL: Final = (
     ),
     Metric(
         "jain_wait_clients",
-        "its n",
+        "n of Jain, wait",
         "",
         NEITHER,
         "fairness",
@@ -254,7 +254,7 @@ _ALL: Final = (
     ),
     Metric(
         "service_gap_bound",
-        "its bound",
+        "Bound of that gap",
         "priced tokens",
         NEITHER,
         "fairness",
@@ -361,7 +361,7 @@ _ALL: Final = (
     ),
     Metric(
         "slice_max_s",
-        "longest",
+        "Longest slice",
         "s",
         LOWER,
         "device",
@@ -455,6 +455,5 @@ REPLICA_COLUMNS: Final = (
     Column("order_jain", "Jain, order", "", "Mean of Jain's index of its order's windows."),
 )
 PERCENTILES: Final = (
-    "Percentiles are linear between the two nearest values (numpy's default), of all values at once"
-    " rather than of requests' means."
+    "Linear between the two nearest values (numpy's default), of all values at once."
 )

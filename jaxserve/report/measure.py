@@ -4,7 +4,7 @@ Dimension key: R requests  M messages (deliveries)
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -79,6 +79,7 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
         "prices": f"{options.w_in:g} a prompt token, {options.w_out:g} an output token",
         "TTFT and E2E": "queueing in the client counts: a request is sent when it is due",
         "TPOT": "(E2E - TTFT) / (output tokens - 1)",
+        "ITL": "per token, not per message: tokens that come together have gaps of 0",
         "percentiles": PERCENTILES,
     }
     return Report(
@@ -88,7 +89,9 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
         distributions=distributions,
         clients=tuple(client_rows(recorder, table, sent_R, service)),
         replicas=tuple(_replica_rows(recorder, table.end_s)),
-        series=make_series(recorder, table, service, window=(begin_s, end_s)),
+        series=make_series(
+            recorder, table, service, window=(begin_s, end_s), limits=asdict(options.limits)
+        ),
         notes=tuple(_notes(recorder, table, service)),
         rows=_rows(recorder, table) if recorder.keep_rows else None,
         slices={name: column.tolist() for name, column in recorder.slices.kept.items()},

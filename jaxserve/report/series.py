@@ -3,6 +3,7 @@
 Dimension key: R requests  M messages  T bins of time
 """
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,7 @@ def make_series(
     service: ClientService,
     *,
     window: tuple[float, float],
+    limits: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """Series by name; those that have nothing to show are left out."""
     end_s = max(table.end_s, float(recorder.slices.last_end_s.max(initial=0.0)))
@@ -37,6 +39,7 @@ def make_series(
     gaps = table.gap_M[~np.isnan(table.gap_M)]
     places = np.searchsorted(SECONDS_EDGES, gaps, side="right")
     found = {
+        "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "window": _short([window[0], min(window[1], end_s)]),
         "timeline": _timeline(table, edges_T),
         "clients": _clients(recorder, table, service, edges_T),

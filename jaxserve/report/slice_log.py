@@ -33,7 +33,7 @@ TOTALS: Final = (
 NUM_BINS: Final = 192
 """Of busy time over time, at most; at least half as many but in very short runs."""
 _FIRST_BIN_S: Final = 1 / 64
-_PER_DECADE: Final = 8
+_PER_DECADE: Final = 16
 _LEAST_DECADE, _MOST_DECADE = -6, 5
 SECONDS_EDGES: Final = 10.0 ** (
     np.arange((_MOST_DECADE - _LEAST_DECADE) * _PER_DECADE + 1) / _PER_DECADE + _LEAST_DECADE
