@@ -11,12 +11,14 @@ from jaxserve.errors import ConfigError
 from jaxserve.report.console import make_console, table_of
 from jaxserve.report.definitions import DISTRIBUTIONS, HIGHER, LOWER, NUMBERS, Metric
 from jaxserve.report.report import Report
-from jaxserve.report.text import NOTHING, shown
+from jaxserve.report.text import NOTHING, shown, statistic
 
 COMPARED_STATISTICS: Final = ("mean", "p50", "p99")
 BETTER, WORSE, SAME = "better", "worse", ""
 SAME_WITHIN: Final = 0.005
 """Relative difference up to which a number counts as the same."""
+MOST_LETTERS: Final = 50
+"""Of all runs' names together in the heads of tables; longer ones are listed before."""
 _MARKS: Final = {BETTER: "▲", WORSE: "▼", SAME: " "}
 _STYLES: Final = {BETTER: "green", WORSE: "red", SAME: ""}
 
@@ -34,7 +36,7 @@ class Line:
 
     @property
     def title(self) -> str:
-        return f"{self.metric.title} {self.statistic.upper()}".strip()
+        return f"{self.metric.title} {statistic(self.statistic)}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,17 @@ def compare(
 def show_comparison(comparison: Comparison, *, file: IO[str] | None = None) -> None:
     """Print what differs in how the runs were set, and all numbers with ratios to the first run."""
     console = make_console(file)
+    names = comparison.names
+    if sum(map(len, names)) > MOST_LETTERS:
+        for place, name in enumerate(names):
+            console.print(Text(f"run {place + 1}: {name}"))
+        names = tuple(f"run {place + 1}" for place in range(len(names)))
     if comparison.differing:
-        table = table_of("set differently", ("", *comparison.names))
+        table = table_of("set differently", ("", *names), words=True)
         for name, values in comparison.differing.items():
             table.add_row(name, *(Text(value, overflow="fold") for value in values))
         console.print(table)
-    first, *others = comparison.names
+    first, *others = names
     headings = [heading for name in others for heading in (name, "")]
     table = table_of(f"ratios to {first}", ("", first, *headings))
     group = comparison.lines[0].metric.group if comparison.lines else ""
@@ -107,19 +114,19 @@ def _cells(line: Line) -> list[Text]:
 def _lines(reports: Sequence[Report]) -> list[Line]:
     lines = []
     for metric in DISTRIBUTIONS:
-        for statistic in COMPARED_STATISTICS:
-            values = [report.value(f"{metric.name}.{statistic}") for report in reports]
-            lines.append(_line(metric, statistic, values))
+        for name in COMPARED_STATISTICS:
+            values = [report.value(f"{metric.name}.{name}") for report in reports]
+            lines.append(_line(metric, name, values))
     for metric in NUMBERS:
         lines.append(_line(metric, "", [report.value(metric.name) for report in reports]))
     return [line for line in lines if any(value is not None for value in line.values)]
 
 
-def _line(metric: Metric, statistic: str, values: Sequence[float | None]) -> Line:
+def _line(metric: Metric, of: str, values: Sequence[float | None]) -> Line:
     first = values[0]
     ratios = [None if value is None or not first else value / first for value in values]
     marks = [_mark(metric.better, first, value) for value in values]
-    return Line(metric, statistic, tuple(values), tuple(ratios), tuple(marks))
+    return Line(metric, of, tuple(values), tuple(ratios), tuple(marks))
 
 
 def _mark(better: str, first: float | None, value: float | None) -> str:
@@ -139,7 +146,11 @@ def _settings(report: Report) -> dict[str, str]:
         **{f"profile {name}": value for name, value in about.profile.items()},
         **{f"version of {name}": value for name, value in about.versions.items()},
         **{f"seed of {name}": str(seed) for name, seed in about.seeds.items()},
-        **{f"measured: {name}": text for name, text in report.measured.items()},
+        **{
+            f"measured: {name}": text
+            for name, text in report.measured.items()
+            if name != "window"  # ends with the run, so that no two are alike
+        },
     }
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
-from jaxserve.report.measure import Limits, MeasureOptions
+from jaxserve.report.options import Limits, MeasureOptions
 
 MOST_COMPARED = 8
 
@@ -87,13 +87,11 @@ class OutputConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig:
     """Runs to show side by side: JSON files that `simulate` or `bench` wrote; one alone is shown as
-    it was. `html`, `json` and `csv` are files to write, "" for none."""
+    it was. `html` is a file to write, "" for none."""
 
     compare: tuple[str, ...] = ()
     different_workloads: bool = False
     html: str = ""
-    json: str = ""
-    csv: str = ""
 
     def __post_init__(self) -> None:
         num = len(self.compare)

@@ -19,11 +19,13 @@ from jaxserve.report.definitions import (
     Column,
 )
 from jaxserve.report.report import Cell, Report
-from jaxserve.report.text import shown
+from jaxserve.report.text import shown, statistic
 
 PLAIN_WIDTH: Final = 120
 MOST_ROWS: Final = 12
 """Clients and replicas in a table; a file has all."""
+MOST_NAME: Final = 24
+"""Letters of a name."""
 _CLIENTS: Final = (
     "client",
     "weight",
@@ -70,11 +72,13 @@ def show(report: Report, *, file: IO[str] | None = None) -> None:
     console.print(_numbers(report))
     if len(report.clients) > 1:
         most = sorted(report.clients, key=lambda row: -_number(row["service"]))
-        console.print(_rows("clients", CLIENT_COLUMNS, _CLIENTS, most))
+        console.print(_rows("clients", CLIENT_COLUMNS, _CLIENTS, most, width=console.width))
     if len(report.replicas) > 1:
         busiest = sorted(report.replicas, key=lambda row: -_number(row["busy"]))
         shown_rows = report.replicas if len(busiest) <= MOST_ROWS else busiest
-        console.print(_rows("replicas", REPLICA_COLUMNS, _REPLICAS, shown_rows))
+        console.print(
+            _rows("replicas", REPLICA_COLUMNS, _REPLICAS, shown_rows, width=console.width)
+        )
     if report.against is not None:
         console.print(errors_table(report.against["errors"]))
     for note in report.notes:
@@ -85,18 +89,17 @@ def _number(value: Cell) -> float:
     return value if isinstance(value, int | float) else 0.0
 
 
-def table_of(title: str, columns: Iterable[str]) -> Table:
-    """A table whose first column is words and whose other ones are numbers."""
+def table_of(title: str, columns: Iterable[str], *, words: bool = False) -> Table:
+    """A table whose first column is words and whose other ones are numbers, or `words` too."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for place, name in enumerate(columns):
-        table.add_column(
-            name, justify="right" if place else "left", no_wrap=True, min_width=0 if place else 8
-        )
+        justify = "right" if place and not words else "left"
+        table.add_column(name, justify=justify, no_wrap=not words or not place)
     return table
 
 
 def _latencies(report: Report) -> Table:
-    table = table_of("latency", ("", *(name.upper() for name in STATISTICS), "of"))
+    table = table_of("latency", ("", *map(statistic, STATISTICS), "of"))
     for metric in DISTRIBUTIONS:
         known = report.distributions.get(metric.name)
         if known is not None:
@@ -128,24 +131,38 @@ def _rows(
     columns: Sequence[Column],
     names: Sequence[str],
     rows: Sequence[Mapping[str, Cell]],
+    *,
+    width: int,
 ) -> Table:
+    """The first rows, and as many of the columns as find room."""
     by_name = {column.name: column for column in columns}
-    names = [name for name in names if any(row[name] is not None for row in rows)]
     more = f", the first {MOST_ROWS} of {len(rows)}" if len(rows) > MOST_ROWS else ""
-    table = table_of(title + more, (by_name[name].title for name in names))
-    for row in rows[:MOST_ROWS]:
-        table.add_row(*(shown(row[name], by_name[name].unit) for name in names))
+    lines: list[list[str]] = [[]]
+    for name in names:
+        if all(row[name] is None for row in rows):
+            continue
+        column = by_name[name]
+        cells = [shown(row[name], column.unit)[:MOST_NAME] for row in rows[:MOST_ROWS]]
+        width -= 2 + max(map(len, (column.title, *cells)))
+        if width < 2:
+            break
+        lines[0].append(column.title)
+        lines[1:] = [
+            [*line, cell] for line, cell in zip(lines[1:] or [[]] * len(cells), cells, strict=True)
+        ]
+    table = table_of(title + more, lines[0])
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 
 def errors_table(errors: Sequence[Mapping[str, Any]]) -> Table:
     """Live beside simulated, as `errors.py` compares them."""
-    table = table_of("live and simulated", ("", "LIVE", "SIMULATED", "ERROR", "BOUND", ""))
+    table = table_of("live and simulated", ("", "live", "simulated", "error", "bound", ""))
     for row in errors:
         metric = METRICS[row["name"].partition(".")[0]]
-        statistic = row["name"].partition(".")[2].upper()
         table.add_row(
-            f"{metric.title} {statistic}".strip(),
+            f"{metric.title} {statistic(row['name'].partition('.')[2])}".strip(),
             shown(row["live"], metric.unit),
             shown(row["simulated"], metric.unit),
             row["error_text"],

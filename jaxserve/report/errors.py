@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from jaxserve.report.definitions import DISTRIBUTIONS, NUMBERS
+from jaxserve.report.definitions import DISTRIBUTIONS, NEITHER, NUMBERS
 from jaxserve.report.report import Report, rounded
 
 
@@ -35,7 +35,12 @@ FIDELITY_OVERLOAD: Final[Mapping[str, Bound]] = {
 REPEATS: Final = 1.5
 _COMPARED: Final = (
     *(f"{metric.name}.{name}" for metric in DISTRIBUTIONS for name in ("mean", "p50", "p99")),
-    *(metric.name for metric in NUMBERS if metric.group in ("throughput", "goodput", "fairness")),
+    *(
+        metric.name
+        for metric in NUMBERS
+        if metric.group in ("throughput", "goodput", "fairness")
+        and metric.better != NEITHER  # numbers that say of how many, or how far, others are
+    ),
     "utilisation",
     "slices",
     "slice_s",
@@ -105,7 +110,7 @@ def _error(
     if absolute or relative is None:
         error_text = f"{difference:+.4g}"
     else:
-        error_text = f"{100 * relative:+.1f} %"
+        error_text = f"{round(100 * relative, 1) + 0.0:+.1f} %"  # no minus zero
     allowed, bound_text = _allowed(bound, live, again)
     return MetricError(
         name=name,

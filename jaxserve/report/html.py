@@ -23,7 +23,7 @@ from jaxserve.report.definitions import (
     Column,
 )
 from jaxserve.report.report import Cell, Report
-from jaxserve.report.text import NOTHING, shown
+from jaxserve.report.text import NOTHING, shown, statistic
 
 MOST_ROWS: Final = 100
 """Clients and replicas in a table."""
@@ -59,7 +59,14 @@ def report_page(report: Report) -> str:
     if report.against is not None:
         sections.insert(1, ("errors", "Live and simulated", _errors(report.against)))
     lede = " · ".join(
-        filter(None, [_workload(report), f"measured from {report.measured['window']}"])
+        filter(
+            None,
+            [
+                _workload(report),
+                f"measured from {report.measured['window']}",
+                report.measured["which is"],
+            ],
+        )
     )
     return _page(
         f"{report.title}",
@@ -84,7 +91,7 @@ def comparison_page(comparison: Comparison) -> str:
     return _page(
         " · ".join(comparison.names),
         kind=f"jaxserve report · {len(comparison.names)} runs",
-        lede=f"{_workload(comparison.reports[0])} Ratios are to {first}.",
+        lede=f"{_workload(comparison.reports[0])} · ratios are to {first}".lstrip(" ·"),
         top="",
         sections=sections,
         drawn=drawn,
@@ -226,11 +233,7 @@ def _latency_table(report: Report) -> str:
             continue
         cells = [shown(known.statistics[name], metric.unit) for name in STATISTICS]
         rows.append((_defined(metric.title, metric.definition), [*cells, f"{known.num:,}"]))
-    return _table("Latency", ["", *map(_statistic, STATISTICS), "values"], rows)
-
-
-def _statistic(name: str) -> str:
-    return name.upper() if name.startswith("p") else name
+    return _table("Latency", ["", *map(statistic, STATISTICS), "values"], rows)
 
 
 def _numbers_tables(report: Report) -> str:
@@ -315,7 +318,7 @@ def _errors(against: Mapping[str, Any]) -> str:
     rows = []
     for row in against["errors"]:
         metric = METRICS[row["name"].partition(".")[0]]
-        title = f"{metric.title} {_statistic(row['name'].partition('.')[2])}".strip()
+        title = f"{metric.title} {statistic(row['name'].partition('.')[2])}".strip()
         verdict = {
             True: '<span class="better">within</span>',
             False: '<span class="worse">beyond</span>',
@@ -329,7 +332,7 @@ def _errors(against: Mapping[str, Any]) -> str:
             )
         )
     head = ["", "live", "simulated", "error", "bound", ""]
-    return _table(f"Errors of the simulation {against['title']}", head, rows)
+    return _table(f"Errors of the simulation: {against['title']}", head, rows)
 
 
 def _setup(report: Report) -> str:

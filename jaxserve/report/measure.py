@@ -4,13 +4,14 @@ Dimension key: R requests  M messages (deliveries)
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Final
 
 import numpy as np
 
 from jaxserve.report.clients import ClientService, client_rows, served
 from jaxserve.report.definitions import PERCENTILES
+from jaxserve.report.options import Limits, MeasureOptions
 from jaxserve.report.recorder import REASONS, UNFINISHED, Recorder
 from jaxserve.report.report import MOST_ROWS, QUANTILES, About, Cell, Distribution, Report, rounded
 from jaxserve.report.request_table import RequestTable, join
@@ -23,37 +24,6 @@ LEAST_REQUESTS: Final = 20
 """In a window that nobody asked for; with fewer the whole run is measured."""
 MOST_REPLICAS: Final = 2000
 """Replicas that have rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a request must meet to be part of the goodput; None: anything goes."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-
-    @property
-    def given(self) -> dict[str, float]:
-        named = {"TTFT": self.ttft_s, "TPOT": self.tpot_s, "E2E": self.e2e_s}
-        return {name: limit for name, limit in named.items() if limit is not None}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureOptions:
-    """How a run is measured.
-
-    `window` is the steady window; without one it begins `warmup_s` after the first request was sent
-    and ends `cooldown_s` before the last one was, each a tenth of that time if unset. `w_in` and
-    `w_out` are prices of tokens.
-    """
-
-    window: tuple[float, float] | None = None
-    warmup_s: float | None = None
-    cooldown_s: float | None = None
-    limits: Limits = Limits()
-    w_in: float = 1.0
-    w_out: float = 2.0
 
 
 def measure(recorder: Recorder, about: About, options: MeasureOptions | None = None) -> Report:
@@ -74,7 +44,8 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
         **_device(recorder),
     }
     measured = {
-        "window": f"{begin_s:.6g} s to {end_s:.6g} s of {table.end_s:.6g} s: {why}",
+        "window": f"{begin_s:.4g} s to {end_s:.4g} s of {table.end_s:.4g} s",
+        "which is": why,
         "limits": _limits_text(options.limits),
         "prices": f"{options.w_in:g} a prompt token, {options.w_out:g} an output token",
         "TTFT and E2E": "queueing in the client counts: a request is sent when it is due",

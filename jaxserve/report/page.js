@@ -49,7 +49,7 @@ function scale(kind, low, high, from, to, unit) {
   const ticks = [];
   if (kind === "log") {
     const a = Math.log10(low), b = Math.log10(high);
-    const decades = b - a, digits = decades * 3 <= most ? [1, 2, 5] : [1];
+    const decades = b - a, digits = 0.3 * Math.abs(to - from) >= 54 * decades ? [1, 2, 5] : [1];
     const skip = digits.length > 1 ? 1 : Math.max(1, Math.ceil(decades / most));
     for (let power = Math.floor(a); power <= Math.ceil(b); power += 1) {
       if (power % skip) continue;

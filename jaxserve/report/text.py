@@ -1,4 +1,4 @@
-"""Numbers and units as people read them. Knows no report."""
+"""Numbers, units and statistics as people read them. Knows no report."""
 
 from typing import Any, Final
 
@@ -46,3 +46,8 @@ def _three(value: float) -> str:
         return f"{value:,.0f}"
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:.{digits}f}"
+
+
+def statistic(name: str) -> str:
+    """The name of one of `definitions.STATISTICS`, such as "P99" or "mean"."""
+    return name.upper() if name.startswith("p") else name
