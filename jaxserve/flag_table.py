@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
+from jaxserve.report.config import OutputConfig, ReportConfig
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
 from jaxserve.schedulers.presets import PRESETS, fill_preset
@@ -95,6 +96,10 @@ def _sampling(name: str, text: str) -> Flag:
 
 def _workload(name: str, path: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
     return Flag(name, WorkloadConfig, path, text, choices)
+
+
+def _output(name: str, text: str) -> Flag:
+    return Flag(name, OutputConfig, name, text)
 
 
 MODEL: Final = Group(
@@ -220,6 +225,37 @@ CONVERSION: Final = Group(
         Flag("output", ConvertConfig, "output", "model directory to write"),
         Flag("dtype", ConvertConfig, "dtype", "to store; auto: as it is", CONVERT_DTYPES),
         LOG_LEVEL,
+    ),
+)
+OUTPUT: Final = Group(
+    "output",
+    (
+        _output("json", "report in JSON, for `jaxserve report`; empty: none"),
+        _output("json_rows", "with a row for each request"),
+        _output("html", "report as one HTML file with plots; empty: none"),
+        _output("csv", "a line for each request; empty: none"),
+        _output("csv_clients", "a line for each client; empty: none"),
+        _output("chrome_trace", "slices, for Perfetto or chrome://tracing; empty: none"),
+        _output("slo_ttft_ms", "goodput: longest TTFT; unset: any"),
+        _output("slo_tpot_ms", "goodput: longest TPOT; unset: any"),
+        _output("slo_e2e_s", "goodput: longest E2E; unset: any"),
+        _output("warmup_s", "left out at the begin; unset: a tenth of the sending time"),
+        _output("cooldown_s", "left out at the end; unset: a tenth of the sending time"),
+        _output("w_in", "price of a prompt token in the report's service"),
+        _output("w_out", "price of an output token in the report's service"),
+    ),
+)
+REPORT: Final = Group(
+    "report",
+    (
+        Flag("compare", ReportConfig, "compare", "a run's JSON report; repeatable, 1 to 8"),
+        Flag(
+            "different_workloads",
+            ReportConfig,
+            "different_workloads",
+            "compare runs of different workloads too",
+        ),
+        Flag("html", ReportConfig, "html", "page to write; empty: none"),
     ),
 )
 SAMPLING: Final = Group(

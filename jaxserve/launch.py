@@ -48,6 +48,12 @@ COMMANDS: Final = {
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
     ),
+    "report": Command(
+        "show runs of simulate and bench side by side, or one again",
+        "jaxserve.report.command",
+        "jaxserve report --compare=a.json --compare=b.json --html=both.html",
+        (table.REPORT,),
+    ),
     "key": Command(
         "make an API key and the entry of the key file that knows it",
         "jaxserve.server.key",
