@@ -112,7 +112,7 @@ _FLEET_PRESETS: Final = (
     Preset(
         name="larry_sal",
         summary="larry on every replica, sal between them (reconstruction)",
-        source="Is the GPU Half-Empty or Half-Full?, arXiv 2410.17840: the names and the idea alone",
+        source="Is the GPU Half-Empty or Half-Full?, arXiv 2410.17840: names and idea alone",
         standing="reconstruction",
         settings={
             "order": "larry",
@@ -137,11 +137,11 @@ def find_preset(name: str, *, fleet: bool = False) -> Preset:
     """The preset of that name, for one replica or for a `fleet`. Raises ValueError with the nearest
     names."""
     known = {**PRESETS, **FLEET_PRESETS} if fleet else PRESETS
+    if name in FLEET_PRESETS and not fleet:
+        others = ", ".join(known)
+        raise ValueError(f"preset: got {name!r}; allowed: {others}; {name} needs a fleet to route")
     if name not in known:
-        message = not_found("preset", name, known)
-        if name in FLEET_PRESETS:
-            message = f"{message.partition(';')[0]}; {name} says what a fleet does, for simulate"
-        raise ValueError(message)
+        raise ValueError(not_found("preset", name, known))
     return known[name]
 
 
