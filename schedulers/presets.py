@@ -1,4 +1,4 @@
-"""Presets: an order, an admission rule, a slicing, a victim rule and their options under one name.
+"""Presets: policies and their options under one name, for one replica or for a fleet.
 
 What is set beside a preset wins over it. Knows the settings by name only: their defaults and
 what they mean belong to the engine's configuration.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from .catalog import Standing, not_found
+from .policy import Standing, not_found
 
 _OPTIONS: Final = "_options"
 
@@ -100,21 +100,60 @@ _PRESETS: Final = (
     ),
 )
 
+_FLEET_PRESETS: Final = (
+    Preset(
+        name="d2lpm",
+        summary="dlpm on every replica, and credit by client and replica between them"
+        " (reconstruction in part)",
+        source="Locality-aware Fair Scheduling, arXiv 2501.14312, by two re-implementations",
+        standing="re-implementation",
+        settings={"order": "dlpm", "routing": "d2lpm"},
+    ),
+    Preset(
+        name="larry_sal",
+        summary="larry on every replica, sal between them (reconstruction)",
+        source="Is the GPU Half-Empty or Half-Full?, arXiv 2410.17840: names and idea alone",
+        standing="reconstruction",
+        settings={
+            "order": "larry",
+            "admission": "slice_lease",
+            "slicing": "adaptive",
+            "routing": "sal",
+        },
+    ),
+)
+
 PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {preset.name: preset for preset in _PRESETS}
 )
+"""Of one replica; a fleet can have them too."""
+FLEET_PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+    {preset.name: preset for preset in _FLEET_PRESETS}
+)
+"""Those that say what happens between replicas."""
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError with the nearest names."""
-    if name not in PRESETS:
-        raise ValueError(not_found("preset", name, PRESETS))
-    return PRESETS[name]
+def find_preset(name: str, *, fleet: bool = False) -> Preset:
+    """The preset of that name, for one replica or for a `fleet`. Raises ValueError with the nearest
+    names."""
+    known = {**PRESETS, **FLEET_PRESETS} if fleet else PRESETS
+    if name in FLEET_PRESETS and not fleet:
+        others = ", ".join(known)
+        raise ValueError(f"preset: got {name!r}; allowed: {others}; {name} needs a fleet to route")
+    if name not in known:
+        raise ValueError(not_found("preset", name, known))
+    return known[name]
 
 
 def fill_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the preset of that name sets beside `given`. Raises ValueError for an unknown name."""
+    """What the preset of that name sets beside `given`. Raises ValueError for an unknown name, and
+    for a fleet's."""
     return find_preset(name).fill(given)
+
+
+def fill_fleet_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same where there is a fleet."""
+    return find_preset(name, fleet=True).fill(given)
 
 
 def describe(preset: Preset) -> list[str]:

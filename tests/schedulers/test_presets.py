@@ -4,7 +4,14 @@ import pytest
 
 from jaxserve.config import EngineConfig, PresetConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers.presets import PRESETS, describe, fill_preset
+from jaxserve.schedulers.catalog import make_routing
+from jaxserve.schedulers.presets import (
+    FLEET_PRESETS,
+    PRESETS,
+    describe,
+    fill_fleet_preset,
+    fill_preset,
+)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -26,6 +33,18 @@ def test_options_go_with_their_policy() -> None:
         "order": "vtc",
         "order_options": ("price_cached=0",),
     }
+
+
+@pytest.mark.parametrize("name", FLEET_PRESETS)
+def test_a_fleets_preset_says_how_it_routes_beside_what_its_replicas_do(name: str) -> None:
+    filled = fill_fleet_preset(name, {})
+    options = filled.pop("routing_options", ())
+    make_routing(filled.pop("routing"), options, num_replicas=2, page_size=64)
+    EngineConfig(scheduler=SchedulerConfig(**filled))
+    assert fill_fleet_preset(name, {"routing": "random"}) == filled
+    with pytest.raises(ConfigError, match=f"got '{name}'; .*; {name} needs a fleet to route"):
+        PresetConfig(preset=name)
+    assert fill_fleet_preset("vtc", {}) == fill_preset("vtc", {})
 
 
 def test_presets_of_a_fleet_are_not_known() -> None:
