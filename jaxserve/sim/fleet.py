@@ -11,21 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxserve.engine.core import EngineCore
+from jaxserve.engine.load_meter import LoadMeter
 from jaxserve.engine.plan import SlicePlan
 from jaxserve.errors import JaxserveError
 from jaxserve.fleet.router import NoReplica, Router
 from jaxserve.report.recorder import Recorder
 from jaxserve.request import Delta, FinishReason, Request, SamplingParams
 from jaxserve.schedulers.prefix_tree import KvEvent
-from jaxserve.schedulers.routing.base import Routable
+from jaxserve.schedulers.routing import PrefixRouting, Routable
 from jaxserve.sim.agenda import Agenda
 from jaxserve.sim.cache_events import CacheEvents
-from jaxserve.sim.config import SimConfig
 from jaxserve.sim.device import Device
 from jaxserve.sim.host import ModelledHost
 from jaxserve.sim.modelled import ModelledSlice, Outputs
 from jaxserve.sim.replica import SimulatedReplica
 from jaxserve.workload.feed import Feed
+from jaxserve.sim_config import SimConfig
 from jaxserve.workload.work import Work
 
 SCOPE = "all"
@@ -141,7 +142,7 @@ class FleetSimulation:
             session=work.session,
         )
         try:
-            live.replica = self._router.route(routable)
+            live.replica = self._router.route(routable, self.agenda.now())
         except NoReplica:
             live.replica = -1
             self._held.append(live)
@@ -221,7 +222,7 @@ class FleetSimulation:
     def _end(self, live: _Live, reason: str) -> None:
         now_s, work = self.agenda.now(), live.work
         del self._live[live.request_id], self._outputs.end_length[work.number]
-        self._recorder.ended(work.number, now_s, reason, live.cached)
+        self._recorder.ended(work.number, now_s, reason, live.cached, replica=live.replica)
         self._router.ended(work.number, live.delivered - live.carried)
         self._feed.ended(work, now_s)
         self.num_ended += 1
@@ -239,9 +240,10 @@ class FleetSimulation:
             on_refusal=self._on_refusal,
             on_slice=lambda plan, ticket: self._on_slice(replica, plan, ticket),
         )
-        if self._router.wants_cache_events:
+        if isinstance(self._router.routing, PrefixRouting):
             replica.cache = CacheEvents(core.pool.tree)
-        self.agenda.at(self.agenda.now() + self._config.report_s, self._report, replica, process)
+        meter, at_s = LoadMeter(page_size=core.pool.page_size), self.agenda.now()
+        self.agenda.at(at_s + self._config.report_s, self._report, replica, process, meter)
 
     def _fail(self, replica: _Replica) -> None:
         """The process is gone: what it had goes on elsewhere."""
@@ -296,12 +298,13 @@ class FleetSimulation:
             for event in events:
                 self._router.cache_changed(replica.index, event, seen)
 
-    def _report(self, replica: _Replica, process: SimulatedReplica) -> None:
+    def _report(self, replica: _Replica, process: SimulatedReplica, meter: LoadMeter) -> None:
         """The router hears how the replica is, now and then."""
         if replica.process is not process:
             return
         now_s, core = self.agenda.now(), process.core
-        pass
+        load = meter.report(core.statistics(), now_s=now_s, num_received=process.received)
+        self._router.report(replica.index, load, now_s)
         window = core.meter.window()
         self._recorder.fairness(
             replica.index,
@@ -312,4 +315,4 @@ class FleetSimulation:
             bound=window.bound,
             jain=window.jain,
         )
-        self.agenda.at(now_s + self._config.report_s, self._report, replica, process)
+        self.agenda.at(now_s + self._config.report_s, self._report, replica, process, meter)
