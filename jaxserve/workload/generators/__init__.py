@@ -1,4 +1,4 @@
-"""Generated workloads by name (table.py): who sends when (traffic.py), and what (single.py, ...)."""
+"""Generated workloads by name (table.py): who sends when (traffic.py), and what (the others)."""
 
 from jaxserve.workload.generators.table import GENERATORS, Generator, describe, generate
 
