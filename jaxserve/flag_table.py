@@ -285,7 +285,7 @@ WORKLOAD: Final = Group(
         _workload("trace_until_s", "trace_until_s", "leave out what arrives later; unset: nothing"),
         _workload("client_from", "client_from", "what a trace's clients are", CLIENT_FROM),
         _workload("jitter_s", "jitter_s", "delay arrivals at random by up to so much"),
-        _workload("workload", "workload", "generator; empty: fair_mix", ("", *GENERATORS)),
+        _workload("workload", "workload", "generator; empty: fair_mix", tuple(GENERATORS)),
         _workload("workload_options", "workload_options", "parameter=value of it; repeatable"),
         _workload("workload_seed", "seed", "of generated workloads and of jitter"),
         _workload("num_requests", "num_requests", "how many; unset: a whole trace, or 1000"),

@@ -144,11 +144,15 @@ class _Change:
         return self.old_block_size * self.numerator // self.denominator
 
     @property
+    def only_fits(self) -> bool:
+        """Times and lengths stay as they are, unless a request exceeds the context."""
+        same_lengths = self.numerator == self.denominator and not self.max_tokens
+        return same_lengths and self.time_scale == 1
+
+    @property
     def nothing(self) -> bool:
         """Requests stay as they are."""
-        same_times = self.time_scale == 1
-        same_lengths = self.numerator == self.denominator and not self.max_tokens
-        return same_times and same_lengths and self.max_context is None
+        return self.only_fits and self.max_context is None
 
     def longest(self, tokens: int) -> int:
         """A bound on prompt and output of any request, from the bound before the change."""
@@ -174,10 +178,13 @@ class _Change:
         return -(-tokens * self.numerator // self.denominator)
 
     def apply(self, work: Work) -> Work:
+        context = self.max_context
+        most = work.prompt_tokens + work.max_tokens
+        if self.only_fits and context is not None and most <= context:
+            return work
         prompt = self._length(work.prompt_tokens)
         output = self._length(work.output_tokens)
         limit = self.max_tokens or self._length(work.max_tokens)
-        context = self.max_context
         if context is not None:
             if self.cut and prompt + output > context:
                 output = min(output, context // 2)

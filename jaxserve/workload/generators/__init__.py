@@ -1,4 +1,4 @@
-"""Generated workloads: who sends when (traffic.py), what (contents.py), by name (table.py)."""
+"""Generated workloads by name (table.py): who sends when (traffic.py), and what (the others)."""
 
 from jaxserve.workload.generators.table import GENERATORS, Generator, describe, generate
 

@@ -11,16 +11,8 @@ from typing import Any, Final
 from jaxserve.errors import ConfigError
 from jaxserve.schedulers.catalog import not_found
 from jaxserve.schedulers.parameters import explain, read, require
-from jaxserve.workload.generators.contents import (
-    Chat,
-    FairMix,
-    Independent,
-    Judge,
-    LongContextQa,
-    SharedPrefix,
-    TreeOfThoughts,
-    Turn,
-)
+from jaxserve.workload.generators.sessions import Chat, LongContextQa, TreeOfThoughts
+from jaxserve.workload.generators.single import FairMix, Independent, Judge, SharedPrefix
 from jaxserve.workload.generators.streams import MOST_PARTS, Purpose, Streams
 from jaxserve.workload.generators.traffic import (
     client_names,
@@ -28,6 +20,7 @@ from jaxserve.workload.generators.traffic import (
     parse_weights,
     starts_s,
 )
+from jaxserve.workload.generators.turns import Turn
 from jaxserve.workload.work import Work, Workload
 
 
@@ -40,7 +33,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generator:
-    """One generator. `parameters` is a record such as those in `contents.py`; `gives` says what its
+    """One generator. `parameters` is a record as `turns.py` describes; `gives` says what its
     requests have: prefixes, sessions (all may have clients)."""
 
     name: str
@@ -217,7 +210,7 @@ _Event = tuple[float, int, int, Turn, str | None]
 def _events(
     part: _Part, starts: Iterator[list[Turn]], client: int, rank: int, rate: float, name: str
 ) -> Iterator[_Event]:
-    """One client's requests by arrival. Turns of its starts overlap, so they wait in a heap."""
+    """One client's requests by arrival. Starts overlap, so their later turns wait in a heap."""
     ahead: list[_Event] = []
     counter = count()
     named = "sessions" in part.generator.gives
@@ -226,7 +219,8 @@ def _events(
         while ahead and ahead[0][0] <= start_s:
             yield heapq.heappop(ahead)
         session = f"{name}/{number}" if named else None
-        for turn in turns:
+        yield start_s, rank, next(counter), turns[0], session
+        for turn in turns[1:]:
             event = (start_s + turn.offset_s, rank, next(counter), turn, session)
             heapq.heappush(ahead, event)
 
