@@ -117,7 +117,7 @@ def test_tree_and_caches_agree_when_all_is_quiet(seed: int) -> None:
 EVENTS = st.sampled_from(
     [
         Cleared(0),
-        *[Removed(0, keys) for keys in (P, P[::-1], P[1:], P[:1], (b"x",), (b"none", b"y"))],
+        *[Removed(0, keys) for keys in (P, P[::-1], P[1:], P[:1], (b"x", b"x"), (b"none", b"y"))],
         *[Stored(0, parent, (b"x", b"y")) for parent in (NO_PARENT, *P, b"none")],
     ]
 )
