@@ -21,7 +21,7 @@ first.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Final
 
 import numpy as np
@@ -112,13 +112,13 @@ class GlobalTree:
                         numbers[key] = seen
                 self._hold(replica, parent, keys)
             case Removed(_, keys):
-                self._drop(replica, [key for key in keys if numbers.get(key, seen + 1) <= seen])
+                self._drop(replica, {key for key in keys if numbers.get(key, seen + 1) <= seen})
             case Cleared():
-                self._drop(replica, [key for key, number in numbers.items() if number <= seen])
+                self._drop(replica, {key for key, number in numbers.items() if number <= seen})
 
     def lost(self, replica: int) -> None:
         """The replica is gone; costs what it held."""
-        self._drop(replica, list(self._numbers[replica]))
+        self._drop(replica, set(self._numbers[replica]))
 
     def joined(self, replica: int) -> None:
         """A fresh replica, in a place that was lost, or in a new one behind the last."""
@@ -146,7 +146,7 @@ class GlobalTree:
         while len(pages) > self._max_pages:
             self._evict()
 
-    def _drop(self, replica: int, keys: Sequence[bytes]) -> None:
+    def _drop(self, replica: int, keys: Set[bytes]) -> None:
         """The replica holds `keys` no more; it did."""
         pages, numbers, others = self._pages, self._numbers[replica], ~(1 << replica)
         for key in keys:

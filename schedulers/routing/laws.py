@@ -25,7 +25,7 @@ Law = Callable[[Make, int], None]
 
 PAGE: Final = 4
 REPLICAS: Final = 4
-STEPS: Final = 80
+STEPS: Final = 60
 MOST_PAGES: Final = 4
 LONGEST_PROMPT: Final = MOST_PAGES * PAGE + 1
 MOST_OUTPUT: Final = 6
@@ -174,6 +174,11 @@ class ToyFleet:
         )
         self._reports.append((replica, report))
 
+    def report_now(self, replica: int) -> None:
+        """The replica reports, and the report comes through."""
+        self.write_report(replica)
+        self.views.report(*self._reports.pop())
+
     def read_report(self) -> None:
         """One of the reports on their way comes through, or is lost."""
         if self._reports:
@@ -216,8 +221,7 @@ class ToyFleet:
                 self.end(replica)
             while self._events[replica]:
                 self.hear(replica)
-            self.write_report(replica)
-            self.views.report(*self._reports.pop())
+            self.report_now(replica)
 
     def cached(self, replica: int) -> set[bytes]:
         """What the replica's cache really holds."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxserve.schedulers.prefix_tree import NO_PARENT, Stored
 from jaxserve.schedulers.routing import Dispatch, LoadReport, Routable, Routing, Views
@@ -114,6 +116,38 @@ def test_sal_weighs_work_and_memory_by_its_combiner() -> None:
         assert fleet.choose(300) == ("max", "sum").index(combiner) ^ 1
     np.testing.assert_allclose(scores["max"], [0.9, 0.6])
     np.testing.assert_allclose(scores["sum"], [0.9, 1.1])
+
+
+@given(
+    combiner=st.sampled_from(["max", "sum"]),
+    mean_output=st.booleans(),
+    known=st.lists(st.integers(0, 5000), min_size=5, max_size=5),
+    column=st.sampled_from(
+        ["waiting_tokens", "in_flight_tokens", "waiting_prompt_tokens", "num_waiting", "in_flight"]
+    ),
+    more=st.integers(1, 5000),
+)
+def test_sals_score_does_not_fall_when_there_is_more_to_do_or_less_memory(
+    combiner, mean_output, known, column, more
+) -> None:
+    """papers.md 6.9."""
+    fleet = Desk(Sal(SalParameters(combiner=combiner, mean_output=mean_output)), 1)
+    fleet.load(1)
+    fleet.end(0, 100)
+    waiting, prompts, num_waiting, free, tokens = known
+    queue = dict(waiting_tokens=waiting, waiting_prompt_tokens=prompts, num_waiting=num_waiting)
+    fleet.report(0, kv_free_tokens=free, kv_total_tokens=5000, **queue)
+    request = Routable(number=9, client="a", num_prompt_tokens=tokens)
+
+    def score() -> float:
+        return float(fleet.routing.scores(request, fleet.views)[0])  # type: ignore[attr-defined]
+
+    scores = [score()]
+    getattr(fleet.views, column)[0] += more
+    scores.append(score())
+    fleet.views.kv_free_tokens[0] -= min(free, more)
+    scores.append(score())
+    assert scores == sorted(scores)
 
 
 # ------------------------------------------------------------------------------------ least_load
