@@ -13,7 +13,16 @@ from jaxserve.report.clients import ClientService, client_rows, served
 from jaxserve.report.definitions import PERCENTILES
 from jaxserve.report.options import Limits, MeasureOptions
 from jaxserve.report.recorder import REASONS, UNFINISHED, Recorder
-from jaxserve.report.report import MOST_ROWS, QUANTILES, About, Cell, Distribution, Report, rounded
+from jaxserve.report.report import (
+    MOST_ROWS,
+    QUANTILES,
+    About,
+    Cell,
+    Distribution,
+    Number,
+    Report,
+    rounded,
+)
 from jaxserve.report.request_table import RequestTable, join
 from jaxserve.report.series import make_series
 from jaxserve.schedulers.jain import jain
@@ -34,7 +43,7 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
     sent_R = (table.sent_R >= begin_s) & (table.sent_R < end_s)
     service = served(recorder, table, (begin_s, end_s), w_in=options.w_in, w_out=options.w_out)
     distributions = _latencies(table, sent_R & table.completed_R)
-    numbers: dict[str, float | None] = {
+    numbers: dict[str, Number] = {
         **_outcomes(table, sent_R),
         **_throughput(table, begin_s, end_s),
         "hit_rate": _hit_rate(table, sent_R & table.completed_R),
@@ -149,7 +158,7 @@ def _latencies(table: RequestTable, chosen_R: np.ndarray) -> dict[str, Distribut
     return {name: each for name, each in found.items() if each is not None}
 
 
-def _outcomes(table: RequestTable, sent_R: np.ndarray) -> dict[str, float | None]:
+def _outcomes(table: RequestTable, sent_R: np.ndarray) -> dict[str, Number]:
     counts = dict.fromkeys(REASONS, 0)
     for place, reason in enumerate(REASONS):
         counts[reason] = int((table.reason_R[sent_R] == place).sum())
@@ -164,7 +173,7 @@ def _outcomes(table: RequestTable, sent_R: np.ndarray) -> dict[str, float | None
     }
 
 
-def _throughput(table: RequestTable, begin_s: float, end_s: float) -> dict[str, float | None]:
+def _throughput(table: RequestTable, begin_s: float, end_s: float) -> dict[str, Number]:
     length_s = end_s - begin_s
     if length_s <= 0:
         return dict.fromkeys(
@@ -192,7 +201,7 @@ def _hit_rate(table: RequestTable, chosen_R: np.ndarray) -> float | None:
 
 def _goodput(
     table: RequestTable, sent_R: np.ndarray, limits: Limits, length_s: float
-) -> dict[str, float | None]:
+) -> dict[str, Number]:
     asked = int((sent_R & (table.reason_R != REASONS.index("abort"))).sum())
     if not limits.given or not asked:
         return {"goodput_share": None, "goodput_per_s": None}
@@ -210,7 +219,7 @@ def _goodput(
 
 def _fairness(
     recorder: Recorder, table: RequestTable, sent_R: np.ndarray, service: ClientService
-) -> dict[str, float | None]:
+) -> dict[str, Number]:
     chosen_R = sent_R & table.completed_R & ~np.isnan(table.ttft_R)
     counts = np.bincount(table.client_R[chosen_R], minlength=len(recorder.client_names))
     sums = np.bincount(table.client_R[chosen_R], table.ttft_R[chosen_R], len(counts))
@@ -235,7 +244,7 @@ def _fairness(
     }
 
 
-def _load(recorder: Recorder, run_s: float) -> dict[str, float | None]:
+def _load(recorder: Recorder, run_s: float) -> dict[str, Number]:
     totals, num = recorder.slices.totals, recorder.slices.num_replicas
     if not num:
         return dict.fromkeys(
@@ -260,7 +269,7 @@ def _variation(values: np.ndarray) -> float | None:
     return float(values.std()) / mean if mean else None
 
 
-def _device(recorder: Recorder) -> dict[str, float | None]:
+def _device(recorder: Recorder) -> dict[str, Number]:
     totals = {name: float(column.sum()) for name, column in recorder.slices.totals.items()}
     num = recorder.slices.num_slices
     counted = [each["preemptions"] for each in recorder.replicas.values() if "preemptions" in each]

@@ -44,7 +44,7 @@ class Recorder:
         self.client_names: list[str] = []
         self.client_weights = array("d")
         self._client_ids: dict[str, int] = {}
-        self._pending: list[float] = []
+        self._pending: list[float | int] = []
         self._delivered: list[tuple[np.ndarray, np.ndarray]] = []
         self._sent = _Columns(number="q", at_s="d", prompt="i", client="i")
         self._ended = _Columns(number="q", at_s="d", cached="i", reason="b", replica="i", queue="f")
@@ -188,7 +188,7 @@ class _Columns:
     def __len__(self) -> int:
         return len(next(iter(self._arrays.values())))
 
-    def append(self, *values: float) -> None:
+    def append(self, *values: float | int) -> None:
         for append, value in zip(self._appends, values, strict=True):
             append(value)  # type: ignore[arg-type]
 

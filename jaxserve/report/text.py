@@ -20,7 +20,7 @@ def shown(value: Any, unit: str) -> str:
     return magnitude(float(value))
 
 
-def seconds(value: float) -> str:
+def seconds(value: float | int) -> str:
     """With three digits that matter, in the unit that suits."""
     size = abs(value)
     for least, factor, unit in ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs")):
@@ -29,7 +29,7 @@ def seconds(value: float) -> str:
     raise AssertionError(value)
 
 
-def magnitude(value: float) -> str:
+def magnitude(value: float | int) -> str:
     """Whole numbers up to 99,999 in full; other ones with three digits that matter."""
     size = abs(value)
     if value == int(value) and size < 1e5:
@@ -40,7 +40,7 @@ def magnitude(value: float) -> str:
     return _three(value)
 
 
-def _three(value: float) -> str:
+def _three(value: float | int) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
