@@ -3,7 +3,7 @@ nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Final
+from typing import Final
 
 from rich.text import Text
 
@@ -75,9 +75,9 @@ def compare(
     )
 
 
-def show_comparison(comparison: Comparison, *, file: IO[str] | None = None) -> None:
+def show_comparison(comparison: Comparison) -> None:
     """Print what differs in how the runs were set, and all numbers with ratios to the first run."""
-    console = make_console(file)
+    console = make_console()
     names = comparison.names
     if sum(map(len, names)) > MOST_LETTERS:
         for place, name in enumerate(names):

@@ -13,15 +13,14 @@ NUM_REQUESTS = 600
 STEP_S = 0.01
 
 
-def make_work(number: int, *, client: str = "a", prompt: int = 10, weight: float = 1.0) -> Work:
+def make_work(number: int, *, client: str, prompt: int) -> Work:
     return Work(
         number=number,
         arrival_s=0.0,
         prompt_tokens=prompt,
-        output_tokens=4,
-        max_tokens=8,
+        output_tokens=60,
+        max_tokens=60,
         client=client,
-        weight=weight,
     )
 
 
