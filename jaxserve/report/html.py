@@ -259,7 +259,9 @@ def _rows_table(
     if len(rows) > MOST_ROWS:
         caption += f" <small>the first {MOST_ROWS} of {len(rows):,}; the CSV has all</small>"
     most = {
-        column.name: max(float(row[column.name] or 0) for row in rows)
+        column.name: 1.0
+        if column.unit == "share"
+        else max(float(row[column.name] or 0) for row in rows)
         for column in columns
         if column.name in _BARS
     }

@@ -57,7 +57,8 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
         "which is": why,
         "limits": _limits_text(options.limits),
         "prices": f"{options.w_in:g} a prompt token, {options.w_out:g} an output token",
-        "TTFT and E2E": "queueing in the client counts: a request is sent when it is due",
+        "TTFT and E2E": "from when a request was due (open loop) or sent (closed loop), so that"
+        " queueing in the client counts",
         "TPOT": "(E2E - TTFT) / (output tokens - 1)",
         "ITL": "per token, not per message: tokens that come together have gaps of 0",
         "percentiles": PERCENTILES,
@@ -80,7 +81,7 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
 
 def steady_window(table: RequestTable, options: MeasureOptions) -> tuple[float, float, str]:
     """Begin, end (left out) and why it is so."""
-    run_end_s = float(np.nextafter(table.end_s, math.inf))
+    run_end_s = max(float(np.nextafter(table.end_s, math.inf)), 1e-6)
     if options.window is not None:
         return *options.window, "as asked for"
     if not len(table):

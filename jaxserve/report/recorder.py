@@ -125,10 +125,10 @@ class Recorder:
         at_s: float,
         *,
         clients: int,
-        window_s: float,
-        gap: float,
-        bound: float | None,
-        jain: float | None,
+        window_s: float | int,
+        gap: float | int,
+        bound: float | int | None,
+        jain: float | int | None,
     ) -> None:
         """The service window of a replica's order at a moment (`ServiceMeter.window`)."""
         self.fairness_log.add(replica, at_s, clients, window_s, gap, bound, jain)

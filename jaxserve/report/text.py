@@ -13,6 +13,8 @@ def shown(value: Any, unit: str) -> str:
         return value
     if unit == "s":
         return seconds(float(value))
+    if unit in ("steps", "rows"):
+        return _three(value)  # means, with a point even where they are whole
     if unit == "share":
         return f"{100 * value:.1f} %"
     if unit in ("tokens/s", "requests/s"):

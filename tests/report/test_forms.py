@@ -22,6 +22,7 @@ from jaxserve.report.recorder import Recorder
 from jaxserve.report.report import About, from_json, read_report, to_json
 from jaxserve.report.text import shown
 from jaxserve.report.write import check_files, write_report
+from jaxserve.workload.work import Work
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -127,6 +128,24 @@ def test_an_empty_run_has_a_page_and_tables(capsys):
     assert "Requests" in capsys.readouterr().out
     assert from_json(to_json(report)).numbers == report.numbers
     assert json.loads(chrome_trace(report))["traceEvents"] == []
+
+
+def test_a_run_that_refuses_at_once_has_a_page():
+    recorder = Recorder()
+    for number, client in enumerate("ab"):
+        work = Work(
+            number=number,
+            arrival_s=0.0,
+            prompt_tokens=1,
+            output_tokens=1,
+            max_tokens=1,
+            client=client,
+        )
+        recorder.sent(work, 0.0)
+        recorder.ended(number, 0.0, "refused", 0)
+    report = measure(recorder, About(kind="live"))
+    Page(report_page(report))
+    assert report.numbers["refused"] == 2 and report.numbers["jain_service"] is None
 
 
 def test_tables_of_csv(report):
