@@ -11,16 +11,17 @@ import numpy as np
 
 from jaxserve.report.clients import ClientService, client_rows, served
 from jaxserve.report.definitions import PERCENTILES
+from jaxserve.report.devices import MOST_REPLICAS, device, load, replica_rows
 from jaxserve.report.options import Limits, MeasureOptions
 from jaxserve.report.recorder import REASONS, UNFINISHED, Recorder
 from jaxserve.report.report import (
     MOST_ROWS,
     QUANTILES,
     About,
-    Cell,
     Distribution,
     Number,
     Report,
+    plain,
     rounded,
 )
 from jaxserve.report.request_table import RequestTable, join
@@ -31,8 +32,6 @@ TRIMMED_SHARE: Final = 0.1
 """Of the time in which requests are sent, at either end, that the steady window leaves out."""
 LEAST_REQUESTS: Final = 20
 """In a window that nobody asked for; with fewer the whole run is measured."""
-MOST_REPLICAS: Final = 2000
-"""Replicas that have rows."""
 
 
 def measure(recorder: Recorder, about: About, options: MeasureOptions | None = None) -> Report:
@@ -49,8 +48,8 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
         "hit_rate": _hit_rate(table, sent_R & table.completed_R),
         **_goodput(table, sent_R, options.limits, end_s - begin_s),
         **_fairness(recorder, table, sent_R, service),
-        **_load(recorder, table.end_s),
-        **_device(recorder),
+        **load(recorder, table.end_s),
+        **device(recorder),
     }
     measured = {
         "window": f"{begin_s:.4g} s to {end_s:.4g} s of {table.end_s:.4g} s",
@@ -66,10 +65,10 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
     return Report(
         about=about,
         measured=measured,
-        numbers={name: _plain(value) for name, value in numbers.items()},
+        numbers={name: plain(value) for name, value in numbers.items()},
         distributions=distributions,
         clients=tuple(client_rows(recorder, table, sent_R, service)),
-        replicas=tuple(_replica_rows(recorder, table.end_s)),
+        replicas=tuple(replica_rows(recorder, table.end_s)),
         series=make_series(
             recorder, table, service, window=(begin_s, end_s), limits=asdict(options.limits)
         ),
@@ -245,75 +244,6 @@ def _fairness(
     }
 
 
-def _load(recorder: Recorder, run_s: float) -> dict[str, Number]:
-    totals, num = recorder.slices.totals, recorder.slices.num_replicas
-    if not num:
-        return dict.fromkeys(
-            ("replicas", "utilisation", "ct_std_s", "busy_cv", "busy_max_over_mean", "tokens_cv")
-        )
-    busy_s = totals["busy_s"]
-    tokens = totals["prefill_tokens"] + totals["output_tokens"]
-    several = num > 1
-    mean_s = float(busy_s.mean())
-    return {
-        "replicas": int((totals["slices"] > 0).sum()),
-        "utilisation": mean_s / run_s if run_s else None,
-        "ct_std_s": float(recorder.slices.last_end_s.std()) if several else None,
-        "busy_cv": _variation(busy_s) if several else None,
-        "busy_max_over_mean": float(busy_s.max()) / mean_s if several and mean_s else None,
-        "tokens_cv": _variation(tokens) if several else None,
-    }
-
-
-def _variation(values: np.ndarray) -> float | None:
-    mean = float(values.mean())
-    return float(values.std()) / mean if mean else None
-
-
-def _device(recorder: Recorder) -> dict[str, Number]:
-    totals = {name: float(column.sum()) for name, column in recorder.slices.totals.items()}
-    num = recorder.slices.num_slices
-    counted = [each["preemptions"] for each in recorder.replicas.values() if "preemptions" in each]
-    return {
-        "slices": num or None,
-        "slice_steps": totals["steps"] / num if num else None,
-        "slice_rows": totals["rows"] / num if num else None,
-        "slice_s": totals["busy_s"] / num if num else None,
-        "slice_max_s": recorder.slices.max_s if num else None,
-        "preemptions": sum(counted) if counted else None,
-        "pad_tokens": totals["pad_tokens"] if num else None,
-        "invalid_tokens": totals["invalid_tokens"] if num else None,
-    }
-
-
-def _replica_rows(recorder: Recorder, run_s: float) -> list[dict[str, Cell]]:
-    totals = recorder.slices.totals
-    last_end_s = recorder.slices.last_end_s
-    rows = []
-    for replica in range(min(recorder.slices.num_replicas, MOST_REPLICAS)):
-        of = {name: float(column[replica]) for name, column in totals.items()}
-        worst = recorder.fairness_log.worst.get(replica)
-        num = of["slices"]
-        row: dict[str, Any] = {
-            "replica": str(replica),
-            "slices": int(num),
-            "busy": of["busy_s"] / run_s if run_s else None,
-            "slice_steps": of["steps"] / num if num else None,
-            "slice_rows": of["rows"] / num if num else None,
-            **{
-                name: int(of[name])
-                for name in ("prefill_tokens", "output_tokens", "pad_tokens", "invalid_tokens")
-            },
-            "preemptions": recorder.replicas.get(replica, {}).get("preemptions"),
-            "last_end_s": float(last_end_s[replica]),
-            "gap": None if worst is None else worst.gap,
-            "bound": None if worst is None else worst.bound,
-            "order_jain": None if worst is None else worst.jain,
-        }
-        rows.append({name: _plain(value) for name, value in row.items()})
-    return rows
-
-
 def _notes(recorder: Recorder, table: RequestTable, service: ClientService) -> list[str]:
     notes = list(service.notes)
     if table.num_strange:
@@ -374,11 +304,3 @@ def _limits_text(limits: Limits) -> str:
     if not limits.given:
         return "none, so no goodput"
     return ", ".join(f"{name} at most {limit:g} s" for name, limit in limits.given.items())
-
-
-def _plain(value: Any) -> Any:
-    """Numbers rounded, and whole ones as such; other things as they are."""
-    if not isinstance(value, int | float):
-        return value
-    short = rounded(float(value))
-    return int(short) if short is not None and short.is_integer() else short

@@ -172,3 +172,11 @@ def _report(whole: dict[str, Any]) -> Report:
 def rounded(value: float | int, digits: int = 9) -> float | None:
     """To so many digits that matter; None for what is no number. Keeps files small and alike."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def plain(value: Any) -> Any:
+    """Numbers rounded, and whole ones as such; other things as they are."""
+    if not isinstance(value, int | float):
+        return value
+    short = rounded(float(value))
+    return int(short) if short is not None and short.is_integer() else short
