@@ -49,8 +49,8 @@ class ClientService:
     cached_C: np.ndarray
     output_C: np.ndarray
     weight_C: np.ndarray
-    w_in: float
-    w_out: float
+    w_in: float | int
+    w_out: float | int
     demand: Compared | None
     backlog: Compared | None
     notes: tuple[str, ...]
@@ -69,8 +69,8 @@ def served(
     table: RequestTable,
     window: tuple[float, float],
     *,
-    w_in: float,
-    w_out: float,
+    w_in: float | int,
+    w_out: float | int,
 ) -> ClientService:
     """What the clients were served in the window, and how evenly."""
     edges_K = np.linspace(*window, NUM_STEPS + 1)
@@ -239,5 +239,5 @@ def _mean(values: np.ndarray) -> float | None:
     return rounded(float(values.mean())) if len(values) else None
 
 
-def _percentile(values: np.ndarray, percent: float) -> float | None:
+def _percentile(values: np.ndarray, percent: int) -> float | None:
     return rounded(float(np.percentile(values, percent))) if len(values) else None

@@ -1,7 +1,7 @@
 """`jaxserve report`: shows a run again, or several side by side. Knows no flags."""
 
 import sys
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from jaxserve.report.compare import compare, show_comparison
 from jaxserve.report.config import ReportConfig
@@ -13,6 +13,7 @@ from jaxserve.report.write import check_directories, write_text
 _Record = TypeVar("_Record")
 
 
+@runtime_checkable
 class Settings(Protocol):
     """What a command line came to: `jaxserve.flags.Settings`, which stands on a floor above."""
 

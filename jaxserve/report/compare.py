@@ -3,14 +3,14 @@ nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Final
+from typing import Final
 
 from rich.text import Text
 
 from jaxserve.errors import ConfigError
 from jaxserve.report.console import make_console, table_of
 from jaxserve.report.definitions import DISTRIBUTIONS, HIGHER, LOWER, NUMBERS, Metric
-from jaxserve.report.report import Report
+from jaxserve.report.report import Number, Report
 from jaxserve.report.text import NOTHING, shown, statistic
 
 COMPARED_STATISTICS: Final = ("mean", "p50", "p99")
@@ -30,8 +30,8 @@ class Line:
 
     metric: Metric
     statistic: str
-    values: tuple[float | None, ...]
-    ratios: tuple[float | None, ...]
+    values: tuple[Number, ...]
+    ratios: tuple[Number, ...]
     marks: tuple[str, ...]
 
     @property
@@ -75,9 +75,9 @@ def compare(
     )
 
 
-def show_comparison(comparison: Comparison, *, file: IO[str] | None = None) -> None:
+def show_comparison(comparison: Comparison) -> None:
     """Print what differs in how the runs were set, and all numbers with ratios to the first run."""
-    console = make_console(file)
+    console = make_console()
     names = comparison.names
     if sum(map(len, names)) > MOST_LETTERS:
         for place, name in enumerate(names):
@@ -122,14 +122,14 @@ def _lines(reports: Sequence[Report]) -> list[Line]:
     return [line for line in lines if any(value is not None for value in line.values)]
 
 
-def _line(metric: Metric, of: str, values: Sequence[float | None]) -> Line:
+def _line(metric: Metric, of: str, values: Sequence[Number]) -> Line:
     first = values[0]
     ratios = [None if value is None or not first else value / first for value in values]
     marks = [_mark(metric.better, first, value) for value in values]
     return Line(metric, of, tuple(values), tuple(ratios), tuple(marks))
 
 
-def _mark(better: str, first: float | None, value: float | None) -> str:
+def _mark(better: str, first: Number, value: Number) -> str:
     if first is None or value is None or abs(value - first) <= SAME_WITHIN * abs(first):
         return SAME
     if better not in (LOWER, HIGHER):

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from rich import box
 from rich.console import Console
@@ -52,19 +52,16 @@ _REPLICAS: Final = (
 )
 
 
-def make_console(file: IO[str] | None = None) -> Console:
-    """For a terminal with its colours and width; for anything else plain and `PLAIN_WIDTH` wide."""
-    stream = sys.stdout if file is None else file
-    if stream.isatty():
-        return Console(file=stream, highlight=False)
-    return Console(
-        file=stream, width=PLAIN_WIDTH, force_terminal=False, no_color=True, highlight=False
-    )
+def make_console() -> Console:
+    """Of stdout: a terminal's colours and width, or plain text of `PLAIN_WIDTH`."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(width=PLAIN_WIDTH, force_terminal=False, no_color=True, highlight=False)
 
 
-def show(report: Report, *, file: IO[str] | None = None) -> None:
+def show(report: Report) -> None:
     """Print latencies, numbers, clients and replicas."""
-    console = make_console(file)
+    console = make_console()
     console.print(Text(f"{report.title} ({report.about.kind})", style="bold"))
     for name, text in report.measured.items():
         console.print(Text(f"  {name}: {text}", style="dim"))

@@ -15,9 +15,9 @@ LOWER, HIGHER, NEITHER = "lower", "higher", ""
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`unit` is "s", "tokens", "tokens/s", "requests", "requests/s", "share", "priced tokens" or ""
-    (a bare number). `better` says which way is. `has_distribution`: it has `STATISTICS` rather than
-    one value."""
+    """`unit` is "s", "tokens", "tokens/s", "requests", "requests/s", "share", "priced tokens",
+    "steps", "rows" or "" (a bare number). `better` says which way is. `has_distribution`: it has
+    `STATISTICS` rather than one value."""
 
     name: str
     title: str
@@ -241,7 +241,7 @@ _ALL: Final = (
         LOWER,
         "fairness",
         "Most service beyond the least, by weight, of the clients and moments of"
-        " jain_backlogged, over all replicas, as the clients see it.",
+        ' "Jain, backlogged", over all replicas, as the clients see it.',
     ),
     Metric(
         "service_gap",
@@ -338,7 +338,7 @@ _ALL: Final = (
     Metric(
         "slice_steps",
         "Steps a slice",
-        "",
+        "steps",
         NEITHER,
         "device",
         "Mean decode steps of a slice.",
@@ -346,7 +346,7 @@ _ALL: Final = (
     Metric(
         "slice_rows",
         "Rows a slice",
-        "",
+        "rows",
         NEITHER,
         "device",
         "Mean rows of a slice.",
@@ -442,8 +442,8 @@ REPLICA_COLUMNS: Final = (
     Column("replica", "Replica", "name", "Its place."),
     Column("slices", "Slices", "", "Slices that its device ran, in the whole run."),
     Column("busy", "Busy", "share", "Time in which it ran a slice, of the run's time."),
-    Column("slice_steps", "Steps a slice", "", "Mean decode steps of a slice."),
-    Column("slice_rows", "Rows a slice", "", "Mean rows of a slice."),
+    Column("slice_steps", "Steps a slice", "steps", "Mean decode steps of a slice."),
+    Column("slice_rows", "Rows a slice", "rows", "Mean rows of a slice."),
     Column("prefill_tokens", "Prefill", "tokens", "Prompt tokens that it ran."),
     Column("output_tokens", "Output", "tokens", "Output tokens that it made."),
     Column("pad_tokens", "Pad", "tokens", "Positions computed because prompts differ in length."),

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from jaxserve.report.definitions import DISTRIBUTIONS, NEITHER, NUMBERS
-from jaxserve.report.report import Report, rounded
+from jaxserve.report.report import Number, Report, rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,9 @@ class MetricError:
     `within` says whether the bound was kept, None without one."""
 
     name: str
-    live: float
-    simulated: float
-    relative: float | None
+    live: float | int
+    simulated: float | int
+    relative: Number
     within: bool | None
     error_text: str
     bound_text: str
@@ -102,7 +102,7 @@ def side_by_side(
 
 
 def _error(
-    name: str, live: float, simulated: float, bound: Bound | None, again: float | None
+    name: str, live: float | int, simulated: float | int, bound: Bound | None, again: Number
 ) -> MetricError:
     difference = simulated - live
     relative = rounded(difference / live, 6) if live else None
@@ -123,7 +123,7 @@ def _error(
     )
 
 
-def _allowed(bound: Bound | None, live: float, again: float | None) -> tuple[float | None, str]:
+def _allowed(bound: Bound | None, live: float | int, again: Number) -> tuple[Number, str]:
     """The largest difference that is within the bound, and the bound in words."""
     if bound is None:
         return None, ""

@@ -44,10 +44,10 @@ class FairnessLog:
         replica: int,
         at_s: float,
         clients: int,
-        window_s: float,
-        gap: float,
-        bound: float | None,
-        jain: float | None,
+        window_s: float | int,
+        gap: float | int,
+        bound: float | int | None,
+        jain: float | int | None,
     ) -> None:
         if clients < 2:
             return  # nobody to be compared with

@@ -11,9 +11,19 @@ import numpy as np
 
 from jaxserve.report.clients import ClientService, client_rows, served
 from jaxserve.report.definitions import PERCENTILES
+from jaxserve.report.devices import MOST_REPLICAS, device, load, replica_rows
 from jaxserve.report.options import Limits, MeasureOptions
 from jaxserve.report.recorder import REASONS, UNFINISHED, Recorder
-from jaxserve.report.report import MOST_ROWS, QUANTILES, About, Cell, Distribution, Report, rounded
+from jaxserve.report.report import (
+    MOST_ROWS,
+    QUANTILES,
+    About,
+    Distribution,
+    Number,
+    Report,
+    plain,
+    rounded,
+)
 from jaxserve.report.request_table import RequestTable, join
 from jaxserve.report.series import make_series
 from jaxserve.schedulers.jain import jain
@@ -22,8 +32,6 @@ TRIMMED_SHARE: Final = 0.1
 """Of the time in which requests are sent, at either end, that the steady window leaves out."""
 LEAST_REQUESTS: Final = 20
 """In a window that nobody asked for; with fewer the whole run is measured."""
-MOST_REPLICAS: Final = 2000
-"""Replicas that have rows."""
 
 
 def measure(recorder: Recorder, about: About, options: MeasureOptions | None = None) -> Report:
@@ -34,21 +42,22 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
     sent_R = (table.sent_R >= begin_s) & (table.sent_R < end_s)
     service = served(recorder, table, (begin_s, end_s), w_in=options.w_in, w_out=options.w_out)
     distributions = _latencies(table, sent_R & table.completed_R)
-    numbers: dict[str, float | None] = {
+    numbers: dict[str, Number] = {
         **_outcomes(table, sent_R),
         **_throughput(table, begin_s, end_s),
         "hit_rate": _hit_rate(table, sent_R & table.completed_R),
         **_goodput(table, sent_R, options.limits, end_s - begin_s),
         **_fairness(recorder, table, sent_R, service),
-        **_load(recorder, table.end_s),
-        **_device(recorder),
+        **load(recorder, table.end_s),
+        **device(recorder),
     }
     measured = {
         "window": f"{begin_s:.4g} s to {end_s:.4g} s of {table.end_s:.4g} s",
         "which is": why,
         "limits": _limits_text(options.limits),
         "prices": f"{options.w_in:g} a prompt token, {options.w_out:g} an output token",
-        "TTFT and E2E": "queueing in the client counts: a request is sent when it is due",
+        "TTFT and E2E": "from when a request was due (open loop) or sent (closed loop), so that"
+        " queueing in the client counts",
         "TPOT": "(E2E - TTFT) / (output tokens - 1)",
         "ITL": "per token, not per message: tokens that come together have gaps of 0",
         "percentiles": PERCENTILES,
@@ -56,10 +65,10 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
     return Report(
         about=about,
         measured=measured,
-        numbers={name: _plain(value) for name, value in numbers.items()},
+        numbers={name: plain(value) for name, value in numbers.items()},
         distributions=distributions,
         clients=tuple(client_rows(recorder, table, sent_R, service)),
-        replicas=tuple(_replica_rows(recorder, table.end_s)),
+        replicas=tuple(replica_rows(recorder, table.end_s)),
         series=make_series(
             recorder, table, service, window=(begin_s, end_s), limits=asdict(options.limits)
         ),
@@ -71,7 +80,7 @@ def measure(recorder: Recorder, about: About, options: MeasureOptions | None = N
 
 def steady_window(table: RequestTable, options: MeasureOptions) -> tuple[float, float, str]:
     """Begin, end (left out) and why it is so."""
-    run_end_s = float(np.nextafter(table.end_s, math.inf))
+    run_end_s = max(float(np.nextafter(table.end_s, math.inf)), 1e-6)
     if options.window is not None:
         return *options.window, "as asked for"
     if not len(table):
@@ -149,7 +158,7 @@ def _latencies(table: RequestTable, chosen_R: np.ndarray) -> dict[str, Distribut
     return {name: each for name, each in found.items() if each is not None}
 
 
-def _outcomes(table: RequestTable, sent_R: np.ndarray) -> dict[str, float | None]:
+def _outcomes(table: RequestTable, sent_R: np.ndarray) -> dict[str, Number]:
     counts = dict.fromkeys(REASONS, 0)
     for place, reason in enumerate(REASONS):
         counts[reason] = int((table.reason_R[sent_R] == place).sum())
@@ -164,7 +173,7 @@ def _outcomes(table: RequestTable, sent_R: np.ndarray) -> dict[str, float | None
     }
 
 
-def _throughput(table: RequestTable, begin_s: float, end_s: float) -> dict[str, float | None]:
+def _throughput(table: RequestTable, begin_s: float, end_s: float) -> dict[str, Number]:
     length_s = end_s - begin_s
     if length_s <= 0:
         return dict.fromkeys(
@@ -192,7 +201,7 @@ def _hit_rate(table: RequestTable, chosen_R: np.ndarray) -> float | None:
 
 def _goodput(
     table: RequestTable, sent_R: np.ndarray, limits: Limits, length_s: float
-) -> dict[str, float | None]:
+) -> dict[str, Number]:
     asked = int((sent_R & (table.reason_R != REASONS.index("abort"))).sum())
     if not limits.given or not asked:
         return {"goodput_share": None, "goodput_per_s": None}
@@ -210,7 +219,7 @@ def _goodput(
 
 def _fairness(
     recorder: Recorder, table: RequestTable, sent_R: np.ndarray, service: ClientService
-) -> dict[str, float | None]:
+) -> dict[str, Number]:
     chosen_R = sent_R & table.completed_R & ~np.isnan(table.ttft_R)
     counts = np.bincount(table.client_R[chosen_R], minlength=len(recorder.client_names))
     sums = np.bincount(table.client_R[chosen_R], table.ttft_R[chosen_R], len(counts))
@@ -233,75 +242,6 @@ def _fairness(
         ),
         "order_jain": min((each.jain for each in worst if each.jain is not None), default=None),
     }
-
-
-def _load(recorder: Recorder, run_s: float) -> dict[str, float | None]:
-    totals, num = recorder.slices.totals, recorder.slices.num_replicas
-    if not num:
-        return dict.fromkeys(
-            ("replicas", "utilisation", "ct_std_s", "busy_cv", "busy_max_over_mean", "tokens_cv")
-        )
-    busy_s = totals["busy_s"]
-    tokens = totals["prefill_tokens"] + totals["output_tokens"]
-    several = num > 1
-    mean_s = float(busy_s.mean())
-    return {
-        "replicas": int((totals["slices"] > 0).sum()),
-        "utilisation": mean_s / run_s if run_s else None,
-        "ct_std_s": float(recorder.slices.last_end_s.std()) if several else None,
-        "busy_cv": _variation(busy_s) if several else None,
-        "busy_max_over_mean": float(busy_s.max()) / mean_s if several and mean_s else None,
-        "tokens_cv": _variation(tokens) if several else None,
-    }
-
-
-def _variation(values: np.ndarray) -> float | None:
-    mean = float(values.mean())
-    return float(values.std()) / mean if mean else None
-
-
-def _device(recorder: Recorder) -> dict[str, float | None]:
-    totals = {name: float(column.sum()) for name, column in recorder.slices.totals.items()}
-    num = recorder.slices.num_slices
-    counted = [each["preemptions"] for each in recorder.replicas.values() if "preemptions" in each]
-    return {
-        "slices": num or None,
-        "slice_steps": totals["steps"] / num if num else None,
-        "slice_rows": totals["rows"] / num if num else None,
-        "slice_s": totals["busy_s"] / num if num else None,
-        "slice_max_s": recorder.slices.max_s if num else None,
-        "preemptions": sum(counted) if counted else None,
-        "pad_tokens": totals["pad_tokens"] if num else None,
-        "invalid_tokens": totals["invalid_tokens"] if num else None,
-    }
-
-
-def _replica_rows(recorder: Recorder, run_s: float) -> list[dict[str, Cell]]:
-    totals = recorder.slices.totals
-    last_end_s = recorder.slices.last_end_s
-    rows = []
-    for replica in range(min(recorder.slices.num_replicas, MOST_REPLICAS)):
-        of = {name: float(column[replica]) for name, column in totals.items()}
-        worst = recorder.fairness_log.worst.get(replica)
-        num = of["slices"]
-        row: dict[str, Any] = {
-            "replica": str(replica),
-            "slices": int(num),
-            "busy": of["busy_s"] / run_s if run_s else None,
-            "slice_steps": of["steps"] / num if num else None,
-            "slice_rows": of["rows"] / num if num else None,
-            **{
-                name: int(of[name])
-                for name in ("prefill_tokens", "output_tokens", "pad_tokens", "invalid_tokens")
-            },
-            "preemptions": recorder.replicas.get(replica, {}).get("preemptions"),
-            "last_end_s": float(last_end_s[replica]),
-            "gap": None if worst is None else worst.gap,
-            "bound": None if worst is None else worst.bound,
-            "order_jain": None if worst is None else worst.jain,
-        }
-        rows.append({name: _plain(value) for name, value in row.items()})
-    return rows
 
 
 def _notes(recorder: Recorder, table: RequestTable, service: ClientService) -> list[str]:
@@ -364,11 +304,3 @@ def _limits_text(limits: Limits) -> str:
     if not limits.given:
         return "none, so no goodput"
     return ", ".join(f"{name} at most {limit:g} s" for name, limit in limits.given.items())
-
-
-def _plain(value: Any) -> Any:
-    """Numbers rounded, and whole ones as such; other things as they are."""
-    if not isinstance(value, int | float):
-        return value
-    short = rounded(float(value))
-    return int(short) if short is not None and short.is_integer() else short

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from jaxserve.report.compare import Comparison
 from jaxserve.report.definitions import METRICS
-from jaxserve.report.report import QUANTILES, Report
+from jaxserve.report.report import QUANTILES, Number, Report
 from jaxserve.report.text import shown
 
 Plot = dict[str, Any]
@@ -239,8 +239,8 @@ def comparison_plots(comparison: Comparison) -> list[Plot]:
 def _line(
     name: str,
     color: int,
-    x: Sequence[float | None],
-    y: Sequence[float | None],
+    x: Sequence[Number],
+    y: Sequence[Number],
     *,
     dash: bool = False,
 ) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Recorder:
         self.client_names: list[str] = []
         self.client_weights = array("d")
         self._client_ids: dict[str, int] = {}
-        self._pending: list[float] = []
+        self._pending: list[float | int] = []
         self._delivered: list[tuple[np.ndarray, np.ndarray]] = []
         self._sent = _Columns(number="q", at_s="d", prompt="i", client="i")
         self._ended = _Columns(number="q", at_s="d", cached="i", reason="b", replica="i", queue="f")
@@ -125,10 +125,10 @@ class Recorder:
         at_s: float,
         *,
         clients: int,
-        window_s: float,
-        gap: float,
-        bound: float | None,
-        jain: float | None,
+        window_s: float | int,
+        gap: float | int,
+        bound: float | int | None,
+        jain: float | int | None,
     ) -> None:
         """The service window of a replica's order at a moment (`ServiceMeter.window`)."""
         self.fairness_log.add(replica, at_s, clients, window_s, gap, bound, jain)
@@ -188,7 +188,7 @@ class _Columns:
     def __len__(self) -> int:
         return len(next(iter(self._arrays.values())))
 
-    def append(self, *values: float) -> None:
+    def append(self, *values: float | int) -> None:
         for append, value in zip(self._appends, values, strict=True):
             append(value)  # type: ignore[arg-type]
 

@@ -24,7 +24,8 @@ KINDS: Final = ("live", "simulated")
 MOST_ROWS: Final = 200_000
 """Requests that a report has rows of."""
 
-Cell = float | int | str | None
+Number = float | int | None
+Cell = Number | str
 Table = Mapping[str, list[Any]]
 """Columns of the same length by name."""
 
@@ -51,8 +52,8 @@ class Distribution:
     """`num` values: the `STATISTICS` by name, and the values at `QUANTILES`, for a curve."""
 
     num: int
-    statistics: Mapping[str, float]
-    curve: tuple[float, ...]
+    statistics: Mapping[str, float | int]
+    curve: tuple[float | int, ...]
 
 
 QUANTILES: Final = (
@@ -82,7 +83,7 @@ class Report:
 
     about: About
     measured: Mapping[str, str]
-    numbers: Mapping[str, float | None]
+    numbers: Mapping[str, Number]
     distributions: Mapping[str, Distribution]
     clients: tuple[Mapping[str, Cell], ...] = ()
     replicas: tuple[Mapping[str, Cell], ...] = ()
@@ -96,7 +97,7 @@ class Report:
     def title(self) -> str:
         return self.about.title or f"a {self.about.kind} run"
 
-    def value(self, name: str) -> float | None:
+    def value(self, name: str) -> Number:
         """A number by name, such as "hit_rate", or of a distribution, such as "ttft_s.p99"."""
         metric, _, statistic = name.partition(".")
         if not statistic:
@@ -168,6 +169,14 @@ def _report(whole: dict[str, Any]) -> Report:
     return Report(**values)
 
 
-def rounded(value: float, digits: int = 9) -> float | None:
+def rounded(value: float | int, digits: int = 9) -> float | None:
     """To so many digits that matter; None for what is no number. Keeps files small and alike."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def plain(value: Any) -> Any:
+    """Numbers rounded, and whole ones as such; other things as they are."""
+    if not isinstance(value, int | float):
+        return value
+    short = rounded(float(value))
+    return int(short) if short is not None and short.is_integer() else short

@@ -92,7 +92,7 @@ def join(recorder: Recorder) -> RequestTable:
     strange += int((~known).sum())
     rows = rows[known]
 
-    def at_end(name: str, missing: float, dtype: type) -> np.ndarray:
+    def at_end(name: str, missing: float | int, dtype: type) -> np.ndarray:
         column = np.full(num, missing, dtype)
         column[rows] = ended[name][known]
         return column

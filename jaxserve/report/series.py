@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxserve.report.clients import ClientService, overlap_before
 from jaxserve.report.recorder import Recorder
+from jaxserve.report.report import Number
 from jaxserve.report.request_table import RequestTable
 from jaxserve.report.slice_log import SECONDS_EDGES
 
@@ -29,7 +30,7 @@ def make_series(
     service: ClientService,
     *,
     window: tuple[float, float],
-    limits: Mapping[str, float | None],
+    limits: Mapping[str, Number],
 ) -> dict[str, Any]:
     """Series by name; those that have nothing to show are left out."""
     end_s = max(table.end_s, float(recorder.slices.last_end_s.max(initial=0.0)))
@@ -53,7 +54,7 @@ def make_series(
     return {name: series for name, series in found.items() if series is not None}
 
 
-def _short(values: Any, digits: int = 5) -> list[float | None]:
+def _short(values: Any, digits: int = 5) -> list[Number]:
     """As plain numbers of few digits; None for nan."""
     return [None if value != value else float(f"{value:.{digits}g}") for value in values]
 
@@ -63,14 +64,14 @@ def _timeline(table: RequestTable, edges_T: np.ndarray) -> dict[str, Any]:
     tokens per second."""
     width_s = edges_T[1]
 
-    def rate(times: np.ndarray, tokens: np.ndarray | None = None) -> list[float | None]:
+    def rate(times: np.ndarray, tokens: np.ndarray | None = None) -> list[Number]:
         some = ~np.isnan(times)
         counts, _ = np.histogram(
             times[some], edges_T, weights=None if tokens is None else tokens[some]
         )
         return _short(counts / width_s)
 
-    def mean(begin: np.ndarray, end: np.ndarray) -> list[float | None]:
+    def mean(begin: np.ndarray, end: np.ndarray) -> list[Number]:
         return _short(np.maximum(np.diff(overlap_before(begin, end, edges_T)) / width_s, 0.0))
 
     left_R = table.left_R

@@ -50,14 +50,14 @@ class SliceLog:
         self.bin_s = _FIRST_BIN_S
         self._keep = keep
         self._kept: list[np.ndarray] = []
-        self._pending: list[float] = []
+        self._pending: list[float | int] = []
         self._totals = np.zeros((0, len(TOTALS)))
         self._last_end_s = np.zeros(0)
         self._busy_s = np.zeros((0, NUM_BINS))
         self._by_seconds = np.zeros(len(SECONDS_EDGES) + 1, np.int64)
         self._by_steps = np.zeros(0, np.int64)
 
-    def add(self, row: tuple[float, ...]) -> None:
+    def add(self, row: tuple[float | int, ...]) -> None:
         pending = self._pending
         pending += row
         if len(pending) >= _PENDING:

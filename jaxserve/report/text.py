@@ -13,6 +13,8 @@ def shown(value: Any, unit: str) -> str:
         return value
     if unit == "s":
         return seconds(float(value))
+    if unit in ("steps", "rows"):
+        return _three(value)  # means, with a point even where they are whole
     if unit == "share":
         return f"{100 * value:.1f} %"
     if unit in ("tokens/s", "requests/s"):
@@ -20,7 +22,7 @@ def shown(value: Any, unit: str) -> str:
     return magnitude(float(value))
 
 
-def seconds(value: float) -> str:
+def seconds(value: float | int) -> str:
     """With three digits that matter, in the unit that suits."""
     size = abs(value)
     for least, factor, unit in ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs")):
@@ -29,7 +31,7 @@ def seconds(value: float) -> str:
     raise AssertionError(value)
 
 
-def magnitude(value: float) -> str:
+def magnitude(value: float | int) -> str:
     """Whole numbers up to 99,999 in full; other ones with three digits that matter."""
     size = abs(value)
     if value == int(value) and size < 1e5:
@@ -40,7 +42,7 @@ def magnitude(value: float) -> str:
     return _three(value)
 
 
-def _three(value: float) -> str:
+def _three(value: float | int) -> str:
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
