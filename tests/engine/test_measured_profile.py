@@ -8,8 +8,11 @@ import pytest
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
-from jaxserve.engine.buckets import Buckets, make_buckets
+from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.buckets import Bucket, Buckets, make_buckets
 from jaxserve.engine.build import build_engine
+from jaxserve.engine.devices import open_mesh
+from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.measure import (
     Limits,
     Point,
@@ -118,7 +121,7 @@ def measured() -> Profile:
         num_pages=128,
         page_size=16,
         programs=4,
-        kernels={"paged_attention": "xla"},
+        kernels={"paged_attention": "cpu"},
         platform="cpu",
         device_kind="cpu",
         num_devices=1,
@@ -132,7 +135,7 @@ def measured() -> Profile:
         buckets=(Bucket(4, 0), Bucket(4, 2)),
         num_pages=128,
         page_size=16,
-        kernels="xla",
+        kernels="auto",
         dtype="float32",
     )
     executor.compile_all(lambda _: None, threads=2)
@@ -147,7 +150,7 @@ def test_a_profile_of_this_device(measured: Profile, tmp_path: Path) -> None:
     measured.check_shape(TINY, dtype="float32")
     assert measured.kind == "measured" and measured.device == "cpu" and measured.num_devices == 1
     assert measured.page_size == 16 and measured.num_pages == 128
-    assert measured.kernels == {"paged_attention": "xla"} and "jax" in measured.versions
+    assert measured.kernels == {"paged_attention": "cpu"} and "jax" in measured.versions
     short, long = SliceShape(1, 4, 40, 0), SliceShape(8, 4, 8 * 2000, 64, 4000)
     assert 0 < measured.time.slice_s(short) < measured.time.slice_s(long) < 1
     assert measured.time.host_s(short) > 0
@@ -193,7 +196,7 @@ def test_a_live_log_tells_what_the_host_cost(write_profile, tmp_path: Path) -> N
     slices = read_live(log)
     profile = find_profile(name)
     assert len(slices) >= 3 and live_error(profile, slices).largest < 1e-9
-    assert all(gap_s >= 0.9 * slice_s for _, slice_s, gap_s in slices)
+    assert sum(gap_s for _, _, gap_s in slices) > 0.5 * sum(slice_s for _, slice_s, _ in slices)
     live = with_live_host(profile, slices)
     assert live.key != profile.key
     shape, slice_s, _ = slices[0]
