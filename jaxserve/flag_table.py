@@ -16,6 +16,7 @@ from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
 from jaxserve.report.config import OutputConfig, ReportConfig
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
+from jaxserve.schedulers.estimators.roofline_time import DEVICES
 from jaxserve.schedulers.presets import PRESETS, fill_preset
 from jaxserve.server_config import (
     CLIENT_METRICS,
@@ -26,6 +27,7 @@ from jaxserve.server_config import (
     GenerateConfig,
     KeyConfig,
     LogConfig,
+    ProfileConfig,
     ServerConfig,
 )
 from jaxserve.workload.config import TOO_LONG, WorkloadConfig
@@ -110,7 +112,9 @@ MODEL: Final = Group(
         _engine("mesh", "mesh", "tensor parallelism: tp=<devices>, or auto (one per CPU core)"),
         _engine("kernels", "kernels", "backend of the array operations; auto picks by device"),
         _engine("executor", "executor", "what runs a slice", EXECUTORS),
-        _engine("profile", "profile", "serving-time profile, a JSON file (for --executor=paced)"),
+        _engine(
+            "profile", "profile", "serving-time profile, by name or file (for --executor=paced)"
+        ),
         Flag(
             "compilation_cache",
             EngineConfig,
@@ -256,6 +260,25 @@ REPORT: Final = Group(
             "compare runs of different workloads too",
         ),
         Flag("html", ReportConfig, "html", "page to write; empty: none"),
+    ),
+)
+PROFILING: Final = Group(
+    "profile",
+    (
+        Flag("output", ProfileConfig, "output", "JSON file to write"),
+        Flag("minutes", ProfileConfig, "minutes", "about how long to measure"),
+        Flag("live_log", ProfileConfig, "live_log", "a server's --event_log: its host's cost"),
+        Flag("computed", ProfileConfig, "computed", "compute from a data sheet, measure nothing"),
+        Flag("device", ProfileConfig, "device", "whose data sheet: " + ", ".join(DEVICES)),
+        LOG_LEVEL,
+    ),
+)
+PROGRAMS: Final = Group(
+    "programs",
+    tuple(
+        flag
+        for flag in SCHEDULING.flags
+        if flag.name in ("slice_steps", "max_rows", "max_prefill_tokens")
     ),
 )
 SAMPLING: Final = Group(

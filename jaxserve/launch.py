@@ -66,6 +66,12 @@ COMMANDS: Final = {
         "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
         (table.CONVERSION,),
     ),
+    "profile": Command(
+        "measure how long slices take on this device, for simulations",
+        "jaxserve.bench.profile",
+        "jaxserve profile --model=random:llama-14m --output=profile.json",
+        (table.PROFILING, table.MODEL, table.PROGRAMS, table.MEMORY),
+    ),
     "policies": Command(
         "list the scheduling policies and presets: source, parameters, laws",
         "jaxserve.server.policies",

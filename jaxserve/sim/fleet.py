@@ -25,8 +25,8 @@ from jaxserve.sim.device import Device
 from jaxserve.sim.host import ModelledHost
 from jaxserve.sim.modelled import ModelledSlice, Outputs
 from jaxserve.sim.replica import SimulatedReplica
-from jaxserve.workload.feed import Feed
 from jaxserve.sim_config import SimConfig
+from jaxserve.workload.feed import Feed
 from jaxserve.workload.work import Work
 
 SCOPE = "all"
@@ -189,8 +189,7 @@ class FleetSimulation:
         else:
             process = self._replicas[live.replica].process
             assert process is not None, "what a failed replica had is elsewhere"
-            request_id = live.request_id
-            process.command(lambda core, now_s: core.abort(request_id) and None)
+            process.abort(live.request_id)
         self._end(live, FinishReason.ABORT.value)
 
     # What replicas say.

@@ -70,6 +70,14 @@ class SimulatedReplica:
         """A request arrives."""
         self.command(lambda core, now_s: self._submit(core, request, now_s))
 
+    def abort(self, request_id: str) -> None:
+        """Somebody ends a request; it may be over."""
+
+        def command(core: EngineCore, now_s: float) -> None:
+            core.abort(request_id)
+
+        self.command(command)
+
     def command(self, command: Command) -> None:
         """Something is asked of the core: command(core, now_s), when the host takes it."""
         self._mailbox.append(command)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers.catalog import not_found
+from jaxserve.schedulers.policy import not_found
 from jaxserve.workload.feed import check_loop
 from jaxserve.workload.generators.table import check_generator
 from jaxserve.workload.readers.trace import CLIENT_FROM, FORMATS

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers.catalog import not_found
 from jaxserve.schedulers.parameters import explain, read, require
+from jaxserve.schedulers.policy import not_found
 from jaxserve.workload.generators.sessions import Chat, LongContextQa, TreeOfThoughts
 from jaxserve.workload.generators.single import FairMix, Independent, Judge, SharedPrefix
 from jaxserve.workload.generators.streams import MOST_PARTS, Purpose, Streams

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers.catalog import not_found
+from jaxserve.schedulers.policy import not_found
 from jaxserve.workload.readers import azure, jaxserve_jsonl, mooncake
 from jaxserve.workload.readers.lines import Lines, Unquoted
 from jaxserve.workload.readers.row import Format, Head, Row
