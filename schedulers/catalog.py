@@ -388,6 +388,15 @@ def victim_key(name: str) -> VictimKey | None:
     return _find("victim", VICTIMS, name).key
 
 
+def choose(
+    kind: str, policies: Mapping[str, _Kind], name: str, options: Iterable[str]
+) -> tuple[_Kind, Any]:
+    """The policy of that name or alias and an instance of its parameters, for kinds with a catalogue
+    of their own. Raises ValueError as above."""
+    policy = _find(kind, policies, name)
+    return policy, _parameters(kind, policy, options)
+
+
 def _find(kind: str, policies: Mapping[str, _Kind], name: str) -> _Kind:
     for policy in policies.values():
         if name == policy.name or name in policy.aliases:
