@@ -391,8 +391,8 @@ def victim_key(name: str) -> VictimKey | None:
 def choose(
     kind: str, policies: Mapping[str, _Kind], name: str, options: Iterable[str]
 ) -> tuple[_Kind, Any]:
-    """The policy of that name or alias and an instance of its parameters, for kinds with a catalogue
-    of their own. Raises ValueError as above."""
+    """The policy of that name or alias and an instance of its parameters, for kinds that have a
+    catalogue of their own. Raises ValueError as above."""
     policy = _find(kind, policies, name)
     return policy, _parameters(kind, policy, options)
 

@@ -8,6 +8,7 @@ make. Aborts and deadlines take a request out of the pool at once; a batch that 
 import heapq
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -88,12 +89,18 @@ class PoolConfig:
             raise ConfigError(str(error)) from None
 
 
-def simulate_pool(feed: Feed, config: PoolConfig, recorder: Recorder) -> None:
+def simulate_pool(
+    feed: Feed,
+    config: PoolConfig,
+    recorder: Recorder,
+    *,
+    on_refusal: Callable[[str], None] = lambda why: None,
+) -> None:
     """Run a workload to its end and record what its clients saw. Deterministic.
 
-    Requests that can never fit end as "refused" when they come.
+    Requests that can never fit end as "refused" when they come; `on_refusal` is told why.
     """
-    _PoolSimulation(feed, config, recorder).run()
+    _PoolSimulation(feed, config, recorder, on_refusal).run()
 
 
 @dataclass(slots=True)
@@ -147,8 +154,15 @@ class _Instance:
 
 
 class _PoolSimulation:
-    def __init__(self, feed: Feed, config: PoolConfig, recorder: Recorder):
+    def __init__(
+        self,
+        feed: Feed,
+        config: PoolConfig,
+        recorder: Recorder,
+        on_refusal: Callable[[str], None],
+    ):
         self._feed, self._config, self._recorder = feed, config, recorder
+        self._on_refusal = on_refusal
         self._planner = config.make_planner()
         self._resident = POOLS[config.pool].resident
         self._instances = [_Instance(number) for number in range(config.replicas)]
@@ -195,7 +209,8 @@ class _PoolSimulation:
             self._alive[work.number] = _Alive(work)
             try:
                 self._planner.check(request)
-            except ValueError:
+            except ValueError as error:
+                self._on_refusal(str(error))
                 self._end(work.number, now_s, "refused")
                 continue
             self._planner.arrived(request)

@@ -7,6 +7,8 @@ longest of them alone, and fall with neither; `BilinearTime.grows_with_length` i
 before. Of equal totals the one whose last batch is smaller wins.
 """
 
+from typing import Any
+
 import numpy as np
 
 from ..estimators.bilinear import Bilinear, BilinearTime
@@ -50,33 +52,49 @@ def cheapest_cuts(lengths: np.ndarray, most_rows: np.ndarray, cost: Bilinear) ->
 
 
 def cheapest_mixed_cuts(
-    lengths: np.ndarray, prefills: np.ndarray, time: BilinearTime, *, most_rows: int, steps: int
+    lengths: np.ndarray,
+    prefills: np.ndarray,
+    time: BilinearTime,
+    *,
+    by_mean: bool,
+    most_rows: int,
+    steps: int,
 ) -> list[int]:
     """The same where only rows with `prefills` [n] (bool) are computed again, as `scls_resident`
-    runs them: a batch costs the prefill of those and the decode of all.
+    runs them: a batch costs the prefill of those and the decode of all, each at their mean length
+    or, unless `by_mean`, at their longest.
 
-    A heuristic: such a cost falls with swaps that papers.md 1.5 relies on, and memory is counted
-    by sums, so that batches of neighbours need not be best.
+    A heuristic: papers.md 1.5 relies on swaps that can raise such a cost, so that batches of
+    neighbours need not be best.
     """
     count = len(lengths)
     decode = of_slice(BilinearTime(Bilinear(0.0, 0.0, 0.0, 0.0), time.decode), steps)
-    prefills_before = np.concatenate(([0], np.cumsum(prefills)))
+    fresh_before = np.concatenate(([0], np.cumsum(prefills)))
+    tokens_before = np.concatenate(([0], np.cumsum(lengths)))
+    fresh_tokens_before = np.concatenate(([0], np.cumsum(lengths * prefills)))
     best = np.zeros(count + 1)
     size_of = [0] * (count + 1)
-    longest = 0  # of the rows so far that prefill
+    longest_fresh = 0
     for end in range(1, count + 1):
-        length = int(lengths[end - 1])
-        longest = length if prefills[end - 1] else longest
+        longest_fresh = int(lengths[end - 1]) if prefills[end - 1] else longest_fresh
         begins = np.arange(end - 1, max(0, end - most_rows) - 1, -1)
-        rows, fresh = end - begins, prefills_before[end] - prefills_before[begins]
-        totals = best[begins] + (decode.rows_length * rows + decode.length) * length
-        totals += decode.rows * rows + decode.fixed
-        first = (time.prefill.rows_length * fresh + time.prefill.length) * longest
-        totals += np.where(fresh > 0, first + time.prefill.rows * fresh + time.prefill.fixed, 0.0)
+        rows, fresh = end - begins, fresh_before[end] - fresh_before[begins]
+        if by_mean:
+            length = (tokens_before[end] - tokens_before[begins]) / rows
+            fresh_tokens = fresh_tokens_before[end] - fresh_tokens_before[begins]
+            fresh_length = fresh_tokens / np.maximum(fresh, 1)
+        else:
+            length, fresh_length = lengths[end - 1], longest_fresh
+        totals = best[begins] + _seconds(decode, rows, length)
+        totals += np.where(fresh > 0, _seconds(time.prefill, fresh, fresh_length), 0.0)
         size = int(totals.argmin())
         best[end] = totals[size]
         size_of[end] = size + 1
     return _walk_back(size_of)
+
+
+def _seconds(model: Bilinear, rows: np.ndarray, length: Any) -> np.ndarray:
+    return (model.rows_length * rows + model.length) * length + model.rows * rows + model.fixed
 
 
 def _walk_back(size_of: list[int]) -> list[int]:

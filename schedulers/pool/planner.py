@@ -95,14 +95,17 @@ class BasePlanner:
         return self._setup.time if self._refined is None else self._refined.time
 
     def check(self, request: PoolRequest) -> None:
-        slice_len = self._slice_len
-        length = request.prompt_tokens + (request.slices_left(slice_len) - 1) * slice_len
-        if not self._rule.fits(1, length, slice_len):
+        most = self._most_tokens(request)
+        if not self._rule.fits(1, most, 0):
             raise ValueError(
                 f"request {request.number}: got {request.prompt_tokens} prompt tokens and"
-                f" {request.max_output} to make, {length + slice_len} with its last slice; allowed:"
+                f" {request.max_output} to make, for which {most} must fit; allowed:"
                 f" {self._rule.memory.num_tokens}, the KV memory of an instance under zeta"
             )
+
+    def _most_tokens(self, request: PoolRequest) -> int:
+        """Tokens that must fit at its last slice, which is counted in full."""
+        return request.prompt_tokens + request.slices_left(self._slice_len) * self._slice_len
 
     def arrived(self, request: PoolRequest) -> None:
         self._pool[request.number] = request

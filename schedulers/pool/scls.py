@@ -14,13 +14,13 @@ Base form: KV is dropped after each slice and all tokens are computed again, so 
 may run the next slice. B is the most rows that fit with the longest request of the plan.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 
-from ..parameters import not_negative, require
+from ..parameters import at_least, not_negative, require
 from .batching import cheapest_cuts, of_slice
 from .memory_rule import MemoryRule, Unit
 from .offload import max_min
@@ -28,14 +28,13 @@ from .planner import BasePlanner, PoolSetup
 from .request import Batch, PoolRequest
 
 Step = Literal["so", "pm", "ab", "lb"]
-Order = Callable[[PoolRequest], tuple[float, ...]]
 
 
-def by_arrival(request: PoolRequest) -> tuple[float, ...]:
+def by_arrival(request: PoolRequest) -> tuple[int | float, ...]:
     return (request.arrival_s, request.number)
 
 
-def by_length(request: PoolRequest) -> tuple[float, ...]:
+def by_length(request: PoolRequest) -> tuple[int | float, ...]:
     return (request.length, request.arrival_s, request.number)
 
 
@@ -57,10 +56,10 @@ class SclsParameters:
 
     def __post_init__(self) -> None:
         require(0 < self.zeta <= 1, "zeta", self.zeta, "a number in (0, 1]")
-        not_negative("batch_size", self.batch_size)
+        at_least("batch_size", self.batch_size, 0)
         not_negative("interval_lambda", self.interval_lambda)
         not_negative("interval_gamma_s", self.interval_gamma_s)
-        not_negative("most_planned", self.most_planned)
+        at_least("most_planned", self.most_planned, 0)
 
 
 class Scls(BasePlanner):

@@ -4,8 +4,9 @@ A request keeps its pages on the instance that ran it, its holder, so that its n
 no prompt again. Whenever an instance has nothing to run, it gets a round: all its resident requests
 and new ones, oldest first, each to the idle instance whose round then ends first, as far as pages
 go. A round is cut into batches by dynamic programming over their lengths; a batch costs the prefill
-of its new rows and the decode of all. That is a heuristic here: with resident rows and memory
-counted by sums, batches of neighbours in length need not be best (papers.md 1.4).
+of its new rows and the decode of all, each at their mean length (`lengths=longest`: padded). That
+is a heuristic here: with resident rows and memory counted by sums, batches of neighbours in length
+need not be best (papers.md 1.4).
 
 Pages are leased for a round before it begins: a slice ahead for each row. When they run short,
 resident requests drop theirs, the one that has not run for longest first (of equals the newest);
@@ -17,11 +18,11 @@ Nothing waits for an interval: new rows join at the end of any slice.
 import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from ..estimators.bilinear import BilinearTime
-from ..parameters import not_negative, positive, require
+from ..parameters import at_least, not_negative, require
 from .batching import cheapest_mixed_cuts
 from .memory_rule import MemoryRule
 from .planner import BasePlanner, PoolSetup
@@ -30,38 +31,72 @@ from .request import Batch, PoolRequest, Ran
 
 @dataclass(frozen=True, slots=True)
 class SclsResidentParameters:
-    """`lookahead` slices of every row must fit before a new one joins others, so that residents
-    seldom drop their pages; `most_moves` bounds a plan."""
+    """`lengths`: a batch is estimated by the mean of its rows, for a device that does not pad, or
+    by the longest. `lookahead` slices of every row must fit before a new one joins others, so that
+    residents seldom drop their pages; `most_moves` bounds a plan."""
 
     zeta: float = 0.9
+    lengths: Literal["mean", "longest"] = "mean"
     lookahead: int = 2
     move_gain: float = 1.0
     most_moves: int = 64
 
     def __post_init__(self) -> None:
         require(0 < self.zeta <= 1, "zeta", self.zeta, "a number in (0, 1]")
-        positive("lookahead", self.lookahead)
+        at_least("lookahead", self.lookahead, 1)
         not_negative("move_gain", self.move_gain)
-        not_negative("most_moves", self.most_moves)
+        at_least("most_moves", self.most_moves, 0)
+
+
+@dataclass(slots=True)
+class _Sizes:
+    """Of some rows: how many, their tokens and the longest. The longest stays when rows go."""
+
+    rows: int = 0
+    tokens: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(cls, requests: Iterable[PoolRequest]) -> "_Sizes":
+        sizes = cls()
+        for request in requests:
+            sizes.add(request.length)
+        return sizes
+
+    def add(self, length: int) -> None:
+        self.rows += 1
+        self.tokens += length
+        self.longest = max(self.longest, length)
+
+    def remove(self, length: int) -> None:
+        self.rows -= 1
+        self.tokens -= length
+
+    def with_one(self, length: int) -> "_Sizes":
+        return _Sizes(self.rows + 1, self.tokens + length, max(self.longest, length))
 
 
 @dataclass(slots=True)
 class _Round:
-    """What an idle instance runs next: `rows` in the order they came, `fresh` those that prefill.
-    Lengths are of the longest; they may stay too large when a row moves away."""
+    """What an idle instance runs next; `fresh` are the rows that prefill."""
 
     rows: dict[int, PoolRequest] = field(default_factory=dict)
-    fresh: dict[int, PoolRequest] = field(default_factory=dict)
+    fresh: set[int] = field(default_factory=set)
     drops: list[int] = field(default_factory=list)
-    length: int = 0
-    fresh_length: int = 0
+    sizes: _Sizes = field(default_factory=_Sizes)
+    fresh_sizes: _Sizes = field(default_factory=_Sizes)
 
     def add(self, request: PoolRequest, *, fresh: bool) -> None:
         self.rows[request.number] = request
-        self.length = max(self.length, request.length)
+        self.sizes.add(request.length)
         if fresh:
-            self.fresh[request.number] = request
-            self.fresh_length = max(self.fresh_length, request.length)
+            self.fresh.add(request.number)
+            self.fresh_sizes.add(request.length)
+
+    def remove(self, request: PoolRequest) -> None:
+        """A row that does not prefill goes elsewhere."""
+        del self.rows[request.number]
+        self.sizes.remove(request.length)
 
 
 class SclsResident(BasePlanner):
@@ -75,6 +110,7 @@ class SclsResident(BasePlanner):
         self._residents: list[dict[int, PoolRequest]] = [{} for _ in range(setup.instances)]
         self._leases: list[dict[int, int]] = [{} for _ in range(setup.instances)]
         self._held = [0] * setup.instances
+        self._sizes_of: dict[int, tuple[_Sizes, _Sizes]] = {}
         self._news = False
 
     def arrived(self, request: PoolRequest) -> None:
@@ -95,6 +131,7 @@ class SclsResident(BasePlanner):
 
     def ran(self, batch: Batch, what: Ran) -> None:
         super().ran(batch, what)
+        del self._sizes_of[batch.ticket]
         for number in batch.rows:
             request = self._pool.get(number)
             if request is None:
@@ -106,14 +143,8 @@ class SclsResident(BasePlanner):
         self._news = True
 
     def predict_s(self, batch: Batch, steps: int) -> float:
-        return _mixed_s(
-            self.time,
-            rows=len(batch.rows),
-            length=batch.length,
-            fresh=len(batch.prefills),
-            fresh_length=batch.prefill_length,
-            steps=steps,
-        )
+        sizes, fresh_sizes = self._sizes_of[batch.ticket]
+        return self._mixed_s(sizes, fresh_sizes, steps)
 
     def due_s(self, now_s: float) -> float | None:
         return now_s if self._news and self._pool and self._loads.idle() else None
@@ -133,7 +164,12 @@ class SclsResident(BasePlanner):
     def _held_pages(self) -> tuple[int, ...]:
         return tuple(self._held)
 
+    def _most_tokens(self, request: PoolRequest) -> int:
+        return request.prompt_tokens + request.max_output
+
     def _pages(self, request: PoolRequest, ahead: int) -> int:
+        """That it needs when it has made so many tokens more, or all that it may."""
+        ahead = min(ahead, request.max_output - request.made)
         return -(-(request.length + ahead) // self._rule.memory.page_size)
 
     def _lease(self, instance: int, number: int, pages: int) -> None:
@@ -198,27 +234,33 @@ class SclsResident(BasePlanner):
             ]
             if not fitting:
                 break
-            instance = min(fitting, key=lambda it: self._ends_s(rounds[it], request))
+            instance = min(fitting, key=lambda it: self._ends_with_s(rounds[it], request))
             self._lease(instance, number, pages)
             growth[instance] += later
             rounds[instance].add(request, fresh=True)
             taken += 1
         del self._waiting[:taken]
 
-    def _ends_s(self, round_: _Round, request: PoolRequest | None = None) -> float:
-        """Estimated seconds of a round as one batch, with one more row that prefills."""
-        more = 0 if request is None else 1
-        length = 0 if request is None else request.length
-        if not round_.rows and not more:
-            return 0.0
-        return _mixed_s(
-            self.time,
-            rows=len(round_.rows) + more,
-            length=max(round_.length, length),
-            fresh=len(round_.fresh) + more,
-            fresh_length=max(round_.fresh_length, length),
-            steps=self._slice_len,
-        )
+    def _mixed_s(self, sizes: _Sizes, fresh: _Sizes, steps: int) -> float:
+        """Estimated seconds of rows of which the `fresh` prefill."""
+        prefill_s = 0.0
+        if fresh.rows:
+            prefill_s = self.time.prefill.seconds(fresh.rows, self._length(fresh))
+        return prefill_s + self.time.decode_s(sizes.rows, self._length(sizes), steps)
+
+    def _length(self, sizes: _Sizes) -> int:
+        mean = self._parameters.lengths == "mean"
+        return round(sizes.tokens / sizes.rows) if mean else sizes.longest
+
+    def _ends_s(self, round_: _Round) -> float:
+        """Estimated seconds of a round with rows, as one batch."""
+        return self._mixed_s(round_.sizes, round_.fresh_sizes, self._slice_len)
+
+    def _ends_with_s(self, round_: _Round, request: PoolRequest) -> float:
+        """The same with one more row, which prefills."""
+        length = request.length
+        sizes, fresh = round_.sizes.with_one(length), round_.fresh_sizes.with_one(length)
+        return self._mixed_s(sizes, fresh, self._slice_len)
 
     def _move(self, rounds: dict[int, _Round]) -> None:
         """Resident requests go where they end their slice so much earlier that it is worth it."""
@@ -231,14 +273,14 @@ class SclsResident(BasePlanner):
             others = [it for it in rounds if it != holder and self._free(it) >= pages]
             if not others:
                 return
-            there = min(others, key=lambda it: self._ends_s(rounds[it], request))
+            there = min(others, key=lambda it: self._ends_with_s(rounds[it], request))
             recompute_s = self.time.prefill.seconds(1, request.length)
-            gain_s = ends_s - self._ends_s(rounds[there], request)
+            gain_s = ends_s - self._ends_with_s(rounds[there], request)
             if gain_s <= self._parameters.move_gain * recompute_s:
                 return
             self._forget(request)
             if holder in rounds:
-                del rounds[holder].rows[request.number]
+                rounds[holder].remove(request)
             self._lease(there, request.number, pages)
             rounds[there].add(request, fresh=True)
 
@@ -255,9 +297,8 @@ class SclsResident(BasePlanner):
                     continue
                 ends_s = self._ends_s(rounds[instance])
             else:
-                longest = max(request.length for request in residents.values())
-                decode_s = self.time.decode_s(len(residents), longest, self._slice_len)
-                ends_s = load_s + decode_s
+                sizes = _Sizes.of(residents.values())
+                ends_s = load_s + self._mixed_s(sizes, _Sizes(), self._slice_len)
             found.append((ends_s, -instance))
         if not found:
             return None
@@ -274,6 +315,7 @@ class SclsResident(BasePlanner):
             np.array([request.length for request in rows]),
             np.array([request.number in round_.fresh for request in rows]),
             self.time,
+            by_mean=self._parameters.lengths == "mean",
             most_rows=self._setup.max_rows,
             steps=self._slice_len,
         )
@@ -283,36 +325,19 @@ class SclsResident(BasePlanner):
             drops = ()
 
     def _send(
-        self,
-        instance: int,
-        rows: Sequence[PoolRequest],
-        fresh: dict[int, PoolRequest],
-        drops: tuple[int, ...],
+        self, instance: int, rows: Sequence[PoolRequest], fresh: set[int], drops: tuple[int, ...]
     ) -> Batch:
         prefills = [request for request in rows if request.number in fresh]
         for request in rows:
             self._residents[instance].pop(request.number, None)
-        estimate_s = _mixed_s(
-            self.time,
-            rows=len(rows),
-            length=rows[-1].length,
-            fresh=len(prefills),
-            fresh_length=max((request.length for request in prefills), default=0),
-            steps=self._slice_len,
-        )
-        return self._dispatch(
+        sizes = _Sizes.of(rows), _Sizes.of(prefills)
+        batch = self._dispatch(
             instance,
             rows,
             steps=min(self._slice_len, max(it.max_output - it.made for it in rows)),
-            estimate_s=estimate_s,
+            estimate_s=self._mixed_s(*sizes, self._slice_len),
             prefills=prefills,
             drops=drops,
         )
-
-
-def _mixed_s(
-    time: BilinearTime, *, rows: int, length: int, fresh: int, fresh_length: int, steps: int
-) -> float:
-    """Seconds of a batch of `rows` rows of which `fresh` prefill, padded to the longest of each."""
-    prefill_s = time.prefill.seconds(fresh, fresh_length) if fresh else 0.0
-    return prefill_s + time.decode_s(rows, length, steps)
+        self._sizes_of[batch.ticket] = sizes
+        return batch

@@ -8,7 +8,7 @@ made the most tokens, so that no batch can run out of memory.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..parameters import not_negative, positive, require
+from ..parameters import at_least, positive, require
 from .memory_rule import Unit
 from .planner import PoolSetup
 from .request import PoolRequest
@@ -27,10 +27,10 @@ class StaticParameters:
     interval_gamma_s: float = 3.0
 
     def __post_init__(self) -> None:
-        positive("max_input", self.max_input)
-        positive("max_output", self.max_output)
+        at_least("max_input", self.max_input, 1)
+        at_least("max_output", self.max_output, 1)
         require(0 < self.zeta <= 1, "zeta", self.zeta, "a number in (0, 1]")
-        not_negative("batch_size", self.batch_size)
+        at_least("batch_size", self.batch_size, 0)
         positive("interval_gamma_s", self.interval_gamma_s)
 
 
