@@ -5,7 +5,6 @@ A100-80GB, lengths cut to 1,024 prompt and 1,024 output tokens. The device is a 
 sheet numbers; nothing here was measured on one.
 """
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,20 +148,24 @@ class Device:
     roofline: Roofline
     estimate: Profile
     memory: KvMemory
+    sls_rows: int = 0
 
     @classmethod
-    def a100_13b(cls) -> "Device":
-        """80 GB without weights and 4 GB for everything else is KV memory; zeta comes on top."""
-        roofline = Roofline()
+    def a100_13b(cls, *, overhead_s: float = 1e-3, sls_rows: int = 0) -> "Device":
+        """80 GB without weights and 4 GB for everything else is KV memory; zeta comes on top.
+
+        `sls_rows` is B of sls, 0: `safe_rows`.
+        """
+        roofline = Roofline(overhead_s=overhead_s)
         free = 80e9 - roofline.parameters * roofline.bytes_per_number - 4e9
         memory = KvMemory.within(
             int(free), 1.0, page_size=16, bytes_per_token=roofline.kv_bytes_per_token
         )
-        return cls(roofline, estimate_of(roofline), memory)
+        return cls(roofline, estimate_of(roofline), memory, sls_rows)
 
     @property
     def safe_rows(self) -> int:
-        """B of SLS, and the cap of ILS: rows that fit whatever they make."""
+        """B of SLS unless given, and the cap of ILS: rows that fit whatever they make."""
         return int(ZETA * self.memory.num_tokens) // (MOST_INPUT + MOST_OUTPUT)
 
 
@@ -218,7 +221,7 @@ class Outcome(Recorder):
         """The numbers of a line: requests/s, seconds, tokens a request, CT STD in seconds."""
         count = len(self.responses_s)
         errors = [it["estimator_error"] for it in self.replicas if "estimator_error" in it]
-        return {
+        summary = {
             "requests_per_s": count / self.last_s,
             "tokens_per_s": self.tokens / self.last_s,
             "mean_s": statistics.fmean(self.responses_s),
@@ -228,8 +231,8 @@ class Outcome(Recorder):
             "prefill_per_request": self.prefill_tokens / count,
             "rows_per_batch": self.rows / self.batches,
             "ct_std_s": statistics.pstdev(self.ends_s),
-            "estimator_error": statistics.fmean(errors) if errors else math.nan,
         }
+        return summary | ({"estimator_error": statistics.fmean(errors)} if errors else {})
 
 
 def window_of(
@@ -288,7 +291,12 @@ class Case:
             return outcome
         pool = {"sls": "static", "scls_resident": "scls_resident"}.get(self.name, "scls")
         options = {
-            "static": (f"max_input={MOST_INPUT}", f"max_output={MOST_OUTPUT}", f"zeta={ZETA}"),
+            "static": (
+                f"max_input={MOST_INPUT}",
+                f"max_output={MOST_OUTPUT}",
+                f"batch_size={device.sls_rows}",
+                f"zeta={ZETA}",
+            ),
             "scls": (f"step={self.name.removeprefix('scls ')}", f"zeta={ZETA}"),
             "scls_resident": (f"zeta={ZETA}",),
         }[pool]

@@ -134,7 +134,7 @@ class _Instance:
     busy_s: float = 0.0
     last_end_s: float = 0.0
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, int | float]:
         """Counters by name; means are per batch or per request that ended here."""
         batches, ended = max(1, self.batches), max(1, self.ended)
         return {

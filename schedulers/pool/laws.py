@@ -24,7 +24,7 @@ ZETA: Final = 0.9
 """Every planner's default share of memory; a batch may not exceed it."""
 LONGEST_PROMPT: Final = 60
 MOST_OUTPUT: Final = 40
-REQUESTS: Final = 40
+REQUESTS: Final = 25
 
 
 @dataclass

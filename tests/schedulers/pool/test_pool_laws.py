@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.schedulers.estimators.memory import KvMemory
 from jaxserve.schedulers.pool.catalog import POOLS, make_pool
 from jaxserve.schedulers.pool.laws import OF_EVERY_POOL, POOL_LAWS
 from jaxserve.schedulers.pool.planner import PoolSetup
@@ -62,12 +61,10 @@ class KeepsTheLeft(SclsResident):
 
 
 class Crams(Scls):
-    """Plans by ten times the memory there is."""
+    """One batch of all that there is."""
 
-    def __init__(self, parameters: SclsParameters, setup: PoolSetup):
-        memory = KvMemory(10 * setup.memory.num_pages, setup.memory.page_size, 1)
-        fields = {"instances": setup.instances, "time": setup.time, "slice_len": setup.slice_len}
-        super().__init__(parameters, PoolSetup(memory=memory, max_rows=setup.max_rows, **fields))
+    def _cheapest(self, requests):
+        return [requests]
 
 
 class DrawsLots(Scls):
