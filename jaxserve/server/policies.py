@@ -12,6 +12,7 @@ from jaxserve.schedulers.catalog import (
     VICTIMS,
     describe,
 )
+from jaxserve.schedulers.pool.catalog import POOLS
 
 _KINDS: Final = (
     ("orders: who is next (--order, --order_options)", ORDERS),
@@ -19,6 +20,7 @@ _KINDS: Final = (
     ("slicings: how long a slice runs (--slicing, --slicing_options)", SLICINGS),
     ("victim rules: who gives way when pages run short (--victim)", VICTIMS),
     ("routing policies: which replica of a fleet (--routing, --routing_options)", ROUTINGS),
+    ("pool planners: over all replicas at once (--pool, --pool_options; simulated)", POOLS),
 )
 
 
@@ -28,8 +30,6 @@ def main(settings: Settings) -> int:
         _print(title, [describe(policy) for policy in policies.values()])
     title = "presets: all of these under one name (--preset); what is set beside it wins"
     _print(title, [presets.describe(preset) for preset in presets.PRESETS.values()])
-    title = "presets of a fleet: the same, and what happens between replicas"
-    _print(title, [presets.describe(preset) for preset in presets.FLEET_PRESETS.values()])
     return 0
 
 

@@ -11,7 +11,7 @@ from jaxserve.config import EngineConfig, PresetConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, ROUTINGS, SLICINGS, VICTIMS
-from jaxserve.schedulers.presets import FLEET_PRESETS, PRESETS
+from jaxserve.schedulers.presets import PRESETS
 from jaxserve.server_config import ConvertConfig, GenerateConfig, LogConfig, ServerConfig
 
 SERVE = launch.COMMANDS["serve"].groups
@@ -201,7 +201,7 @@ def test_values_are_judged_by_the_records(arguments, message):
 def test_policies_are_listed_with_their_parameters(capsys):
     assert launch.main(["policies"]) == 0
     out = capsys.readouterr().out
-    every = (*ORDERS, *ADMISSIONS, *SLICINGS, *VICTIMS, *ROUTINGS, *PRESETS, *FLEET_PRESETS)
+    every = (*ORDERS, *ADMISSIONS, *SLICINGS, *VICTIMS, *ROUTINGS, *PRESETS)
     for name in every:
         assert f"\n{name}" in out
     assert "never_preempts" in out and "min_samples=16" in out and "--slicing=sequence" in out
