@@ -48,6 +48,18 @@ COMMANDS: Final = {
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
     ),
+    "simulate": Command(
+        "run a workload on simulated replicas, and report what clients would see",
+        "jaxserve.sim.command",
+        "jaxserve simulate --workload=fair_mix --rate=120 --preset=d2lpm --replicas=8",
+        (
+            table.WORKLOAD,
+            table.SIMULATION,
+            table.SIMULATED_MEMORY,
+            table.FLEET_SCHEDULING,
+            table.OUTPUT,
+        ),
+    ),
     "report": Command(
         "show runs of simulate and bench side by side, or one again",
         "jaxserve.report.command",
