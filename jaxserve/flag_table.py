@@ -15,7 +15,7 @@ from typing import Any, Final
 from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
-from jaxserve.schedulers.presets import PRESETS, fill_preset
+from jaxserve.schedulers.presets import ENGINE_PRESETS, fill_preset
 from jaxserve.server_config import (
     CLIENT_METRICS,
     CONVERT_DTYPES,
@@ -128,7 +128,7 @@ SCHEDULING: Final = Group(
             PresetConfig,
             "preset",
             "policies under one name; flags beside it win",
-            tuple(PRESETS),
+            ENGINE_PRESETS,
             fill=fill_preset,
         ),
         _order("order", "who is next; `jaxserve policies` lists the orders"),

@@ -131,6 +131,8 @@ _PRESETS: Final = (
 PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {preset.name: preset for preset in _PRESETS}
 )
+ENGINE_PRESETS: Final = tuple(name for name, it in PRESETS.items() if not it.only_fleet)
+"""Those that mean something for one engine."""
 
 
 def find_preset(name: str) -> Preset:
@@ -145,10 +147,10 @@ def fill_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     unknown name and for a preset that needs a fleet."""
     preset = find_preset(name)
     if preset.only_fleet:
-        allowed = ", ".join(name for name, each in PRESETS.items() if not each.only_fleet)
         raise ValueError(
-            f"preset: got {name!r}, which plans over a pool of replicas, and this command runs one"
-            f" engine; allowed: {allowed}; to try it: jaxserve simulate --preset={name}"
+            f"preset: got {name!r}; allowed: {', '.join(ENGINE_PRESETS)}, for {name} plans over a"
+            f" pool of replicas and this command runs one engine; try jaxserve simulate"
+            f" --preset={name}"
         )
     return preset.fill(given)
 

@@ -41,7 +41,7 @@ def test_presets_that_do_not_exist_yet_are_not_known() -> None:
 
 @pytest.mark.parametrize("name", ["scls", "scls_resident"])
 def test_a_preset_of_a_pool_is_for_fleets(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"preset: got '{name}', which plans over a pool of .*"):
+    with pytest.raises(ConfigError, match=f"preset: got '{name}'; .*, for {name} plans over"):
         parse((SCHEDULING,), [f"--preset={name}"], environment={}, known=())
     assert fill_fleet_preset(name, {})["pool"] == name
     own = {"pool": "scls", "pool_options": ("step=ab", "zeta=1")}

@@ -206,7 +206,8 @@ def test_everybody_ends_once(pool: str, requests: list, replicas: int, seed: int
             assert (log.reasons[each.number] == "length") == (each.output_tokens == each.max_tokens)
         else:
             assert log.tokens[each.number] <= each.output_tokens
-            moment = {"abort": each.abort_s, "deadline": each.deadline_s}[log.reasons[each.number]]
+            moment = each.abort_s if log.reasons[each.number] == "abort" else each.deadline_s
+            assert moment is not None
             assert log.at_s[each.number][-1] == pytest.approx(each.arrival_s + moment)
     assert log.total("output_tokens") == sum(log.tokens.values())
     assert log.total("pad_tokens") == sum(it["pad_tokens"] for it in log.counters.values())
