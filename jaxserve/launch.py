@@ -48,6 +48,12 @@ COMMANDS: Final = {
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
     ),
+    "report": Command(
+        "show runs of simulate and bench side by side, or one again",
+        "jaxserve.report.command",
+        "jaxserve report --compare=a.json --compare=b.json --html=both.html",
+        (table.REPORT,),
+    ),
     "key": Command(
         "make an API key and the entry of the key file that knows it",
         "jaxserve.server.key",
@@ -59,6 +65,12 @@ COMMANDS: Final = {
         "jaxserve.server.convert_model",
         "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
         (table.CONVERSION,),
+    ),
+    "profile": Command(
+        "measure how long slices take on this device, for simulations",
+        "jaxserve.bench.profile",
+        "jaxserve profile --model=random:llama-14m --output=profile.json",
+        (table.PROFILING, table.MODEL, table.PROGRAMS, table.MEMORY),
     ),
     "policies": Command(
         "list the scheduling policies and presets: source, parameters, laws",

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
+from jaxserve.schedulers.estimators.roofline_time import DEVICES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "neutral")
@@ -144,6 +145,32 @@ class ConvertConfig:
         _require(hf, "model", self.model, "hf:<directory>")
         _require(bool(self.output), "output", self.output, "a directory")
         _require(self.dtype in CONVERT_DTYPES, "dtype", self.dtype, ", ".join(CONVERT_DTYPES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileConfig:
+    """A serving-time profile: the file to write, and how it is made.
+
+    Measuring takes about `minutes` beside the compilation. `live_log`, the event log of a server
+    with the same flags, tells what its host costs. `computed` asks for the roofline of a `device`
+    that need not be there.
+    """
+
+    output: str = ""
+    minutes: float = 5.0
+    live_log: str = ""
+    computed: bool = False
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output), "output", self.output, "a file")
+        good = math.isfinite(self.minutes) and self.minutes > 0
+        _require(good, "minutes", self.minutes, "a positive number")
+        both = self.computed == bool(self.device)
+        wanted = f"one of {', '.join(DEVICES)} with --computed, unset without"
+        _require(both and self.device in ("", *DEVICES), "device", self.device, wanted)
+        read = not (self.computed and self.live_log)
+        _require(read, "live_log", self.live_log, "unset with --computed")
 
 
 def _is_number(text: str) -> bool:

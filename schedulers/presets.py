@@ -1,5 +1,4 @@
-"""Presets: an order, an admission rule, a slicing, a victim rule, for fleets a pool planner, and
-their options under one name.
+"""Presets: policies and their options under one name, for one replica or for a fleet.
 
 What is set beside a preset wins over it. Knows the settings by name only: their defaults and
 what they mean belong to the engine's configuration.
@@ -10,18 +9,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from .catalog import Standing, not_found
+from .policy import Standing, not_found
 
 _OPTIONS: Final = "_options"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """`settings` are values by name; what it leaves out keeps its default.
-
-    `fleet` are settings of several replicas together (`pool`, `pool_options`), which a command for
-    one engine does not have; `only_fleet`: it means nothing for one engine.
-    """
+    """`settings` are values by name; what it leaves out keeps its default. `fleet` are settings
+    that it has beside them where there is a fleet."""
 
     name: str
     summary: str
@@ -29,7 +25,6 @@ class Preset:
     standing: Standing
     settings: Mapping[str, Any]
     fleet: Mapping[str, Any] = field(default_factory=dict)
-    only_fleet: bool = False
 
     def fill(self, given: Mapping[str, Any], *, fleet: bool = False) -> dict[str, Any]:
         """What it sets beside `given`, the settings that somebody chose; those of a `fleet` too.
@@ -80,25 +75,6 @@ _PRESETS: Final = (
         settings={"order": "fcfs", "slicing": "iteration", "admission": "reserve_prompt"},
     ),
     Preset(
-        name="scls",
-        summary="slices of padded batches, planned over a pool; recompute between slices"
-        " (reconstruction in part)",
-        source="Slice-Level Scheduling, arXiv 2406.13511",
-        standing="reconstruction",
-        settings={},
-        fleet={"pool": "scls", "pool_options": ("step=lb",)},
-        only_fleet=True,
-    ),
-    Preset(
-        name="scls_resident",
-        summary="slices planned over a pool; KV stays between slices and moves when worth it",
-        source="-",
-        standing="project rule",
-        settings={},
-        fleet={"pool": "scls_resident"},
-        only_fleet=True,
-    ),
-    Preset(
         name="vtc",
         summary="fair by client, all prompt tokens at full price",
         source="Fairness in Serving Large Language Models, arXiv 2401.00588",
@@ -128,36 +104,75 @@ _PRESETS: Final = (
     ),
 )
 
+_FLEET_PRESETS: Final = (
+    Preset(
+        name="scls",
+        summary="slices of padded batches, planned over a pool; recompute between slices"
+        " (reconstruction in part)",
+        source="Slice-Level Scheduling, arXiv 2406.13511",
+        standing="reconstruction",
+        settings={"pool": "scls", "pool_options": ("step=lb",)},
+    ),
+    Preset(
+        name="scls_resident",
+        summary="slices planned over a pool; KV stays between slices and moves when worth it",
+        source="-",
+        standing="project rule",
+        settings={"pool": "scls_resident"},
+    ),
+    Preset(
+        name="d2lpm",
+        summary="dlpm on every replica, and credit by client and replica between them"
+        " (reconstruction in part)",
+        source="Locality-aware Fair Scheduling, arXiv 2501.14312, by two re-implementations",
+        standing="re-implementation",
+        settings={"order": "dlpm", "routing": "d2lpm"},
+    ),
+    Preset(
+        name="larry_sal",
+        summary="larry on every replica, sal between them (reconstruction)",
+        source="Is the GPU Half-Empty or Half-Full?, arXiv 2410.17840: names and idea alone",
+        standing="reconstruction",
+        settings={
+            "order": "larry",
+            "admission": "slice_lease",
+            "slicing": "adaptive",
+            "routing": "sal",
+        },
+    ),
+)
+
 PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {preset.name: preset for preset in _PRESETS}
 )
-ENGINE_PRESETS: Final = tuple(name for name, it in PRESETS.items() if not it.only_fleet)
-"""Those that mean something for one engine."""
+"""Of one replica; a fleet can have them too."""
+FLEET_PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+    {preset.name: preset for preset in _FLEET_PRESETS}
+)
+"""Those that say what happens between replicas."""
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError with the nearest names."""
-    if name not in PRESETS:
-        raise ValueError(not_found("preset", name, PRESETS))
-    return PRESETS[name]
+def find_preset(name: str, *, fleet: bool = False) -> Preset:
+    """The preset of that name, for one replica or for a `fleet`. Raises ValueError with the nearest
+    names."""
+    known = {**PRESETS, **FLEET_PRESETS} if fleet else PRESETS
+    if name in FLEET_PRESETS and not fleet:
+        others = ", ".join(known)
+        raise ValueError(f"preset: got {name!r}; allowed: {others}; {name} needs a fleet")
+    if name not in known:
+        raise ValueError(not_found("preset", name, known))
+    return known[name]
 
 
 def fill_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the preset of that name sets beside `given`, for one engine. Raises ValueError for an
-    unknown name and for a preset that needs a fleet."""
-    preset = find_preset(name)
-    if preset.only_fleet:
-        raise ValueError(
-            f"preset: got {name!r}; allowed: {', '.join(ENGINE_PRESETS)}, for {name} plans over a"
-            f" pool of replicas and this command runs one engine; try jaxserve simulate"
-            f" --preset={name}"
-        )
-    return preset.fill(given)
+    """What the preset of that name sets beside `given`. Raises ValueError for an unknown name, and
+    for a fleet's."""
+    return find_preset(name).fill(given)
 
 
 def fill_fleet_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a command with several replicas: the settings of a fleet too."""
-    return find_preset(name).fill(given, fleet=True)
+    """The same where there is a fleet."""
+    return find_preset(name, fleet=True).fill(given, fleet=True)
 
 
 def describe(preset: Preset) -> list[str]:

@@ -4,7 +4,14 @@ from typing import Final
 
 from jaxserve.flags import Settings
 from jaxserve.schedulers import presets
-from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, SLICINGS, VICTIMS, describe
+from jaxserve.schedulers.catalog import (
+    ADMISSIONS,
+    ORDERS,
+    ROUTINGS,
+    SLICINGS,
+    VICTIMS,
+    describe,
+)
 from jaxserve.schedulers.pool.catalog import POOLS
 
 _KINDS: Final = (
@@ -12,7 +19,8 @@ _KINDS: Final = (
     ("admission rules: who fits (--admission, --admission_options)", ADMISSIONS),
     ("slicings: how long a slice runs (--slicing, --slicing_options)", SLICINGS),
     ("victim rules: who gives way when pages run short (--victim)", VICTIMS),
-    ("pool planners: over all replicas at once (--pool, --pool_options; simulated)", POOLS),
+    ("routing policies: which replica of a fleet (--routing, --routing_options)", ROUTINGS),
+    ("pool planners: over all replicas at once, simulated (--pool, --pool_options)", POOLS),
 )
 
 
@@ -22,6 +30,8 @@ def main(settings: Settings) -> int:
         _print(title, [describe(policy) for policy in policies.values()])
     title = "presets: all of these under one name (--preset); what is set beside it wins"
     _print(title, [presets.describe(preset) for preset in presets.PRESETS.values()])
+    title = "presets of a fleet: the same, and what happens between replicas"
+    _print(title, [presets.describe(preset) for preset in presets.FLEET_PRESETS.values()])
     return 0
 
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final
 
-from ..catalog import Policy, choose
+from ..policy import Policy, by_name, find, read_options
 from . import laws
 from .planner import Planner, PoolSetup
 from .scls import Scls, SclsParameters
@@ -60,7 +59,7 @@ _POOLS: Final = (
     ),
 )
 
-POOLS: Final[Mapping[str, PoolPolicy]] = MappingProxyType({it.name: it for it in _POOLS})
+POOLS: Final[Mapping[str, PoolPolicy]] = by_name(_POOLS)
 
 
 def make_pool(name: str, options: Iterable[str], setup: PoolSetup) -> Planner:
@@ -69,5 +68,5 @@ def make_pool(name: str, options: Iterable[str], setup: PoolSetup) -> Planner:
     Raises ValueError for a name, a parameter or a value that does not exist, and for an estimate
     that falls with length.
     """
-    policy, parameters = choose("pool", POOLS, name, options)
-    return policy.make(parameters, setup)
+    policy = find("pool", POOLS, name)
+    return policy.make(read_options("pool", policy, options), setup)

@@ -4,21 +4,25 @@ import pytest
 
 from jaxserve.config import EngineConfig, PresetConfig, SchedulerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.flag_table import SCHEDULING
-from jaxserve.flags import parse
-from jaxserve.schedulers.catalog import choose
+from jaxserve.schedulers.catalog import make_routing
+from jaxserve.schedulers.policy import find, read_options
 from jaxserve.schedulers.pool.catalog import POOLS
-from jaxserve.schedulers.presets import PRESETS, describe, fill_fleet_preset, fill_preset
+from jaxserve.schedulers.presets import (
+    FLEET_PRESETS,
+    PRESETS,
+    describe,
+    fill_fleet_preset,
+    fill_preset,
+)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_configuration(name: str) -> None:
-    filled = PRESETS[name].fill({})
+    filled = fill_preset(name, {})
     scheduler = SchedulerConfig(**filled)
     EngineConfig(scheduler=scheduler)
-    changed = scheduler != SchedulerConfig()
-    assert changed != (name == "default" or PRESETS[name].only_fleet)
-    for field, value in PRESETS[name].fill({}, fleet=True).items():
+    assert (scheduler == SchedulerConfig()) == (name == "default")
+    for field, value in filled.items():
         assert f"--{field}=" in " ".join(describe(PRESETS[name])) or not value
 
 
@@ -33,27 +37,28 @@ def test_options_go_with_their_policy() -> None:
     }
 
 
-def test_presets_that_do_not_exist_yet_are_not_known() -> None:
-    for name in ("preble", "llumnix", "trail"):
-        with pytest.raises(ConfigError, match=f"preset: got '{name}'; allowed: default, sls, ils"):
-            PresetConfig(preset=name)
+@pytest.mark.parametrize("name", FLEET_PRESETS)
+def test_a_fleets_preset_says_who_runs_what_beside_what_its_replicas_do(name: str) -> None:
+    filled = fill_fleet_preset(name, {})
+    kind = "pool" if "pool" in filled else "routing"
+    policy, options = filled.pop(kind), filled.pop(f"{kind}_options", ())
+    if kind == "routing":
+        make_routing(policy, options, num_replicas=2, page_size=64)
+    else:
+        read_options("pool", find("pool", POOLS, policy), options)
+    EngineConfig(scheduler=SchedulerConfig(**filled))
+    assert fill_fleet_preset(name, {kind: "random"}) == filled
+    with pytest.raises(ConfigError, match=f"got '{name}'; .*; {name} needs a fleet"):
+        PresetConfig(preset=name)
+    assert fill_fleet_preset("vtc", {}) == fill_preset("vtc", {})
 
 
-@pytest.mark.parametrize("name", ["scls", "scls_resident"])
-def test_a_preset_of_a_pool_is_for_fleets(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"preset: got '{name}'; .*, for {name} plans over"):
-        parse((SCHEDULING,), [f"--preset={name}"], environment={}, known=())
-    assert fill_fleet_preset(name, {})["pool"] == name
-    own = {"pool": "scls", "pool_options": ("step=ab", "zeta=1")}
-    assert fill_fleet_preset("scls", own) == {"pool_options": ("step=ab", "zeta=1")}
-
-
-def test_sls_is_for_one_engine_and_for_fleets() -> None:
+def test_sls_plans_a_pool_where_there_is_a_fleet() -> None:
     assert "pool" not in fill_preset("sls", {})
     assert fill_fleet_preset("sls", {}) == {**fill_preset("sls", {}), "pool": "static"}
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].fleet])
-def test_the_pool_of_a_preset_is_a_planner(name: str) -> None:
-    filled = PRESETS[name].fleet
-    choose("pool", POOLS, filled["pool"], filled.get("pool_options", ()))
+def test_presets_of_a_fleet_are_not_known() -> None:
+    for name in ("scls", "scls_resident", "d2lpm", "preble", "llumnix", "larry_sal", "trail"):
+        with pytest.raises(ConfigError, match=f"preset: got '{name}'; allowed: default, sls, ils"):
+            PresetConfig(preset=name)
