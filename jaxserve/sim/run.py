@@ -116,7 +116,7 @@ def check_told(workload: Workload, deployment: Deployment) -> None:
             "clients": workload.has_clients,
             "sessions": workload.has_sessions,
         }
-        names = [name for name, there in told.items() if there]
+        names: list[Need] = [name for name, there in told.items() if there]
         require_told(deployment.sim.routing, names, by=f"workload {workload.name!r}")
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{error}{hint}") from None
