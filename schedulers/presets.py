@@ -165,8 +165,8 @@ def fill_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if preset.only_fleet:
         allowed = ", ".join(name for name, each in PRESETS.items() if not each.only_fleet)
         raise ValueError(
-            f"preset: got {name!r}, which is for several replicas, and this command runs one"
-            f" engine; allowed: {allowed}; to try it: jaxserve simulate --preset={name}"
+            f"preset: got {name!r}; allowed: {allowed}; {name} is for several replicas:"
+            f" jaxserve simulate --preset={name}"
         )
     return preset.fill(given)
 

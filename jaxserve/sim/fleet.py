@@ -235,6 +235,7 @@ class FleetSimulation:
             lambda clock: self._device.executor(clock, self._outputs),
             ModelledHost(self._device.time),
             self.agenda,
+            host_overlaps=self._device.host_overlaps,
             on_deltas=self._on_deltas,
             on_refusal=self._on_refusal,
             on_slice=lambda plan, ticket: self._on_slice(replica, plan, ticket),

@@ -81,6 +81,17 @@ class ModelledExecutor:
         assert self._clock.now() >= ticket.ready_s, "the slice is still running"
         return ticket.result
 
+    def delay(self, seconds: float, tickets: Sequence[ModelledSlice]) -> None:
+        """Something else runs on the device for so long: the slices in flight, given in order, are
+        done later. The first of them is running."""
+        self._busy_until_s += seconds
+        for place, ticket in enumerate(tickets):
+            ticket.ready_s += seconds
+            if place:
+                ticket.begin_s += seconds
+            else:
+                ticket.result.slice_s += seconds
+
     def _run(self, plan: SlicePlan) -> tuple[SliceResult, SliceShape, int]:
         num_rows = len(plan.rows)
         rows: list[_Row | None] = [None] * num_rows

@@ -34,9 +34,11 @@ class Device(Protocol):
 
     def wait(self, ticket: ModelledSlice) -> SliceResult: ...
 
+    def delay(self, seconds: float, tickets: Sequence[ModelledSlice]) -> None: ...
+
 
 class SimulatedReplica:
-    """A core, its device and its host.
+    """A core, its device and its host; `host_overlaps`: they do not share a core.
 
     `make_device` gets the replica's own clock, which runs ahead of the agenda while the host is
     busy. `on_slice` hears of every slice once it is parsed, `on_deltas` of what became known to
@@ -50,6 +52,7 @@ class SimulatedReplica:
         host: Host,
         agenda: Agenda,
         *,
+        host_overlaps: bool = True,
         on_deltas: OnDeltas,
         on_refusal: OnRefusal,
         on_slice: OnSlice,
@@ -58,7 +61,7 @@ class SimulatedReplica:
         self.received = 0
         self._clock = VirtualClock()
         self._device = make_device(self._clock)
-        self._host, self._agenda = host, agenda
+        self._host, self._agenda, self._host_overlaps = host, agenda, host_overlaps
         self._on_deltas, self._on_refusal, self._on_slice = on_deltas, on_refusal, on_slice
         self._mailbox: list[Command] = []
         self._flights: deque[tuple[SlicePlan, ModelledSlice]] = deque()
@@ -115,7 +118,7 @@ class SimulatedReplica:
         self._wait(now_s)
 
     def _dispatch(self, plan: SlicePlan, now_s: float) -> None:
-        turn_s = self._clock.t = self._host.turn_s(now_s, After.DISPATCH, plan)
+        turn_s = self._clock.t = self._until(now_s, After.DISPATCH, plan)
         self._flights.append((plan, self._device.dispatch(plan)))
         self._work(now_s, turn_s)
 
@@ -126,6 +129,15 @@ class SimulatedReplica:
             self._agenda.at(turn_s, self._turn)
         else:
             self._turn()
+
+    def _until(self, now_s: float, after: After, plan: SlicePlan) -> float:
+        """When the host is done; where it works on the device's core, what runs is done later."""
+        turn_s = self._host.turn_s(now_s, after, plan)
+        if not self._host_overlaps and self._flights:
+            busy_s = min(self._flights[-1][1].ready_s, turn_s) - now_s
+            if busy_s > 0:
+                self._device.delay(busy_s, [ticket for _, ticket in self._flights])
+        return turn_s
 
     def _wait(self, now_s: float) -> None:
         if self._flights:
@@ -152,4 +164,4 @@ class SimulatedReplica:
         result.host_s, self._host_s = self._host.host_s(plan.number, self._host_s), 0.0
         self.core.complete(result, now_s)
         self._on_slice(plan, ticket)
-        self._work(now_s, self._host.turn_s(now_s, After.PARSE, plan))
+        self._work(now_s, self._until(now_s, After.PARSE, plan))

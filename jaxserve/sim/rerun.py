@@ -6,7 +6,7 @@ were done, and what each request made. Driver, core and device are simulated aro
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,9 @@ class _RecordedDevice:
     def wait(self, ticket: ModelledSlice) -> SliceResult:
         return ticket.result
 
+    def delay(self, seconds: float, tickets: Sequence[ModelledSlice]) -> None:
+        raise AssertionError("what was measured is not delayed again")
+
 
 def rerun(recorded: Recorded) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Pairs (plan of the live engine, plan of the simulated one), as JSON, in order of dispatch."""
@@ -185,6 +188,9 @@ class _Noting:
 
     def wait(self, ticket: ModelledSlice) -> SliceResult:
         return self._device.wait(ticket)
+
+    def delay(self, seconds: float, tickets: Sequence[ModelledSlice]) -> None:
+        self._device.delay(seconds, tickets)
 
 
 def _command(event: dict[str, Any], at_s: float) -> Command:
