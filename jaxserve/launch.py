@@ -48,6 +48,12 @@ COMMANDS: Final = {
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
     ),
+    "bench": Command(
+        "load a server, ours or any of OpenAI's dialect, and measure it",
+        "jaxserve.bench.load_command",
+        "jaxserve bench --server=127.0.0.1:8470 --rate=8 --num_requests=500",
+        (table.BENCH, table.SWEEP, table.BENCH_WORKLOAD, table.BENCH_OUTPUT),
+    ),
     "key": Command(
         "make an API key and the entry of the key file that knows it",
         "jaxserve.server.key",
