@@ -95,6 +95,7 @@ class HttpTransport:
         self._path = f"{self._base}/{CHAT if chat else TEXT}"
         self._model, self._owner = asking.model, ""
         self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
         self._sources: Counter[str] = Counter()
 
     @property
@@ -195,7 +196,7 @@ class HttpTransport:
             connection = connection if connection.usable else None
         if connection is None:
             _, connection = await asyncio.get_running_loop().create_connection(
-                _Connection, *self._address, ssl=self._secure
+                lambda: _Connection(self._open), *self._address, ssl=self._secure
             )
         try:
             await connection.ask(data, answer)
@@ -209,9 +210,11 @@ class HttpTransport:
         return await can_connect(*self._address)
 
     async def close(self) -> None:
-        for connection in self._idle:
-            connection.close()
         self._idle.clear()
+        for connection in self._open:
+            connection.close()
+        while self._open:
+            await asyncio.sleep(0)  # until the loop has closed their sockets
 
 
 def _count(value: Any) -> int | None:
@@ -321,9 +324,10 @@ def _event_error(error: Any) -> Ending:
 
 
 class _Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection, one request at a time."""
+    """One HTTP/1.1 connection, one request at a time. It is in `all_open` while it is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, all_open: "set[_Connection]") -> None:
+        self._all_open = all_open
         self._transport: asyncio.Transport | None = None
         self._in = bytearray()
         self._state = _HEAD
@@ -355,9 +359,11 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._all_open.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._all_open.discard(self)
         if self._answer is None or self._ended is None or self._ended.done():
             return
         if self._state == _TO_END and exc is None:

@@ -124,7 +124,11 @@ class LoadClient:
         self._tally.sent(work, due_s, self._now_s() - due_s)
         task = asyncio.create_task(self._one(due_s, work, prepared))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._wake.set()  # not before: whoever wakes up looks whether any are left
 
     # ---------------------------------------------------------------------------- one request
 
@@ -143,7 +147,6 @@ class LoadClient:
         self._recorder.ended(number, now_s, ending.reason, ending.cached_tokens)
         self._tally.ended(number, now_s, ending)
         self._feed.ended(work, now_s)
-        self._wake.set()
         if ending.lost and self._probe is None and not self._stopped:
             self._probe = asyncio.create_task(self._look_for_server())
 

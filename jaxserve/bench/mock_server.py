@@ -14,7 +14,7 @@ import json
 import struct
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 
@@ -27,6 +27,7 @@ _WINDOW_BYTES: Final = 1 << 30
 _GIVE_BACK_BYTES: Final = 1 << 24
 
 
+@runtime_checkable
 class Stream(Protocol):
     """An answer on its way. `step` writes its next message; True: that was the last."""
 

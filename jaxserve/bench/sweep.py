@@ -94,11 +94,11 @@ def judge(tally: Tally, *, rate: float, until_s: float, limits: Limits, share: f
         good_share=good_share,
         answered_share=answered_share,
         tokens_per_s=sum(row.tokens for row in good if row.ended_s < until_s) / window_s,
-        ttft_p50_s=_percentile([row.ttft_s for row in begun], 50),
-        ttft_p99_s=_percentile([row.ttft_s for row in begun], 99),
+        ttft_p50_s=_percentile([row.ttft_s for row in begun], 50.0),
+        ttft_p99_s=_percentile([row.ttft_s for row in begun], 99.0),
         ttft_growth=growth,
-        tpot_p50_s=_percentile([row.tpot_s for row in good], 50),
-        e2e_p99_s=_percentile([row.e2e_s for row in good], 99),
+        tpot_p50_s=_percentile([row.tpot_s for row in good], 50.0),
+        e2e_p99_s=_percentile([row.e2e_s for row in good], 99.0),
         num_failed=sum(row.reason in ("error", "refused", "deadline") for row in rows),
         client_late_p99_s=tally.lateness_p99_s(),
         keeps_up=keeps_up,
@@ -111,7 +111,7 @@ def _growth(rows: Sequence[Row], middle_s: float) -> tuple[float, bool]:
     for row in rows:
         if row.first_s >= 0:
             halves[row.due_s >= middle_s].append(row.ttft_s)
-    first_s, second_s = (_percentile(half, 99) for half in halves)
+    first_s, second_s = (_percentile(half, 99.0) for half in halves)
     if not (first_s > 0 and math.isfinite(second_s)):
         return math.nan, False
     return second_s / first_s, second_s > GROWTH * first_s + SLACK_S
@@ -160,7 +160,8 @@ class Sweep:
         if self.knee is None:
             return f"no knee: already {self.points[0].rate:.3g} requests/s were too much"
         beyond = "" if self.bounded else " or more: no rate tried was too much"
-        return f"knee: {self.knee.rate:.3g} requests/s{beyond}"
+        knee = self.knee
+        return f"knee: {knee.rate:.3g} requests/s{beyond} ({knee.offered:.3g} were offered)"
 
 
 def _plain(point: Point) -> dict[str, Any]:

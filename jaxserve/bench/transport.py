@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,6 +68,7 @@ class Asking:
         return self.keys.get(client, self.api_key)
 
 
+@runtime_checkable
 class Transport(Protocol):
     """One dialect to one server. Belongs to the event loop it was made on."""
 
