@@ -225,7 +225,7 @@ class _Answer:
     """What came of one request: reads the body's lines, counts tokens, and knows how it ended."""
 
     def __init__(self, on_tokens: OnTokens | None = None):
-        self.status, self.body = 0, bytearray()
+        self.status, self.body = 0, b""
         self.source = ""
         self._on_tokens = on_tokens
         self._held: list[float] = []
@@ -237,11 +237,12 @@ class _Answer:
 
     def take(self, at_s: float, data: bytes) -> None:
         """A part of the body."""
-        self.body += data
+        body = self.body + data if self.body else data
         if self.status != 200 or self._on_tokens is None:
+            self.body = body
             return
-        *lines, rest = bytes(self.body).split(b"\n")
-        self.body[:] = rest
+        lines = body.split(b"\n")
+        self.body = lines.pop()
         for line in lines:
             if line.startswith(b"data:"):
                 self._take_event(at_s, line[5:].strip())
@@ -293,7 +294,7 @@ class _Answer:
     def ending(self) -> Ending:
         """How it ended; the body has been read whole."""
         if self.status != 200:
-            return _refused(self.status, bytes(self.body))
+            return _refused(self.status, self.body)
         if self._error is not None:
             return _event_error(self._error)
         if not self._done or self._finish is None:
@@ -329,7 +330,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, all_open: "set[_Connection]") -> None:
         self._all_open = all_open
         self._transport: asyncio.Transport | None = None
-        self._in = bytearray()
+        self._in, self._place = b"", 0  # what came, and how much of it was taken
         self._state = _HEAD
         self._left = 0
         self._answer: _Answer | None = None
@@ -374,12 +375,13 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         at_s = time.perf_counter()
-        self._in += data
+        self._in, self._place = self._in + data if self._in else data, 0
         try:
             while self._answer is not None and self._step(self._answer, at_s):
                 pass
         except ValueError as error:
             self._fail(str(error))
+        self._in = self._in[self._place :]
 
     # ---------------------------------------------------------------- the answer, piece by piece
 
@@ -397,16 +399,16 @@ class _Connection(asyncio.Protocol):
         """Take one piece; False: it is not all there yet. Raises ValueError for what is none."""
         state = self._state
         if state == _CHUNK:
-            if len(self._in) < self._left + 2:
+            end = self._place + self._left
+            if len(self._in) < end + 2:
                 return False
-            answer.take(at_s, bytes(self._in[: self._left]))
-            del self._in[: self._left + 2]
-            self._state = _CHUNK_SIZE
+            answer.take(at_s, self._in[self._place : end])
+            self._place, self._state = end + 2, _CHUNK_SIZE
         elif state == _CHUNK_SIZE:
             line = self._line()
             if line is None:
                 return False
-            self._left = int(line.split(b";")[0], 16)
+            self._left = int(line.partition(b";")[0], 16)
             self._state = _CHUNK if self._left else _TRAILER
         elif state == _TRAILER:
             line = self._line()
@@ -422,11 +424,13 @@ class _Connection(asyncio.Protocol):
 
     def _take_plain(self, answer: _Answer, at_s: float) -> bool:
         """A body that is not in chunks."""
-        if not self._in:
+        size = len(self._in) - self._place
+        if self._state == _SIZED:
+            size = min(self._left, size)
+        if not size:
             return False
-        size = len(self._in) if self._state == _TO_END else min(self._left, len(self._in))
-        answer.take(at_s, bytes(self._in[:size]))
-        del self._in[:size]
+        answer.take(at_s, self._in[self._place : self._place + size])
+        self._place += size
         if self._state == _SIZED:
             self._left -= size
             if not self._left:
@@ -434,21 +438,21 @@ class _Connection(asyncio.Protocol):
         return True
 
     def _line(self) -> bytes | None:
-        end = self._in.find(b"\r\n")
+        end = self._in.find(b"\r\n", self._place)
         if end < 0:
             return None
-        line = bytes(self._in[:end])
-        del self._in[: end + 2]
+        line = self._in[self._place : end]
+        self._place = end + 2
         return line
 
     def _take_head(self, answer: _Answer) -> bool:
-        end = self._in.find(b"\r\n\r\n")
+        end = self._in.find(b"\r\n\r\n", self._place)
         if end < 0:
             if len(self._in) > _HEAD_BYTES:
                 raise ValueError("a head without end")
             return False
-        status, *lines = bytes(self._in[:end]).decode("latin-1").split("\r\n")
-        del self._in[: end + 4]
+        status, *lines = self._in[self._place : end].decode("latin-1").split("\r\n")
+        self._place = end + 4
         fields = {
             name.lower(): value.strip() for name, _, value in (s.partition(":") for s in lines)
         }
