@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
+from jaxserve.report.config import OutputConfig, ReportConfig
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
+from jaxserve.schedulers.estimators.roofline_time import DEVICES
 from jaxserve.schedulers.presets import PRESETS, fill_preset
 from jaxserve.server_config import (
     AGAINST,
@@ -24,14 +26,17 @@ from jaxserve.server_config import (
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
     BenchConfig,
-    BenchOutputConfig,
-    BenchWorkloadConfig,
     ConvertConfig,
     GenerateConfig,
     KeyConfig,
     LogConfig,
+    ProfileConfig,
     ServerConfig,
 )
+from jaxserve.workload.config import TOO_LONG, WorkloadConfig
+from jaxserve.workload.feed import LOOPS
+from jaxserve.workload.generators import GENERATORS
+from jaxserve.workload.readers import CLIENT_FROM, FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,14 @@ def _bench(name: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
     return Flag(name, BenchConfig, name, text, choices)
 
 
+def _workload(name: str, path: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, WorkloadConfig, path, text, choices)
+
+
+def _output(name: str, text: str) -> Flag:
+    return Flag(name, OutputConfig, name, text)
+
+
 MODEL: Final = Group(
     "model",
     (
@@ -106,7 +119,9 @@ MODEL: Final = Group(
         _engine("mesh", "mesh", "tensor parallelism: tp=<devices>, or auto (one per CPU core)"),
         _engine("kernels", "kernels", "backend of the array operations; auto picks by device"),
         _engine("executor", "executor", "what runs a slice", EXECUTORS),
-        _engine("profile", "profile", "serving-time profile, a JSON file (for --executor=paced)"),
+        _engine(
+            "profile", "profile", "serving-time profile, by name or file (for --executor=paced)"
+        ),
         Flag(
             "compilation_cache",
             EngineConfig,
@@ -223,6 +238,56 @@ CONVERSION: Final = Group(
         LOG_LEVEL,
     ),
 )
+OUTPUT: Final = Group(
+    "output",
+    (
+        _output("json", "report in JSON, for `jaxserve report`; empty: none"),
+        _output("json_rows", "with a row for each request"),
+        _output("html", "report as one HTML file with plots; empty: none"),
+        _output("csv", "a line for each request; empty: none"),
+        _output("csv_clients", "a line for each client; empty: none"),
+        _output("chrome_trace", "slices, for Perfetto or chrome://tracing; empty: none"),
+        _output("slo_ttft_ms", "goodput: longest TTFT; unset: any"),
+        _output("slo_tpot_ms", "goodput: longest TPOT; unset: any"),
+        _output("slo_e2e_s", "goodput: longest E2E; unset: any"),
+        _output("warmup_s", "left out at the begin; unset: a tenth of the sending time"),
+        _output("cooldown_s", "left out at the end; unset: a tenth of the sending time"),
+        _output("w_in", "price of a prompt token in the report's service"),
+        _output("w_out", "price of an output token in the report's service"),
+    ),
+)
+REPORT: Final = Group(
+    "report",
+    (
+        Flag("compare", ReportConfig, "compare", "a run's JSON report; repeatable, 1 to 8"),
+        Flag(
+            "different_workloads",
+            ReportConfig,
+            "different_workloads",
+            "compare runs of different workloads too",
+        ),
+        Flag("html", ReportConfig, "html", "page to write; empty: none"),
+    ),
+)
+PROFILING: Final = Group(
+    "profile",
+    (
+        Flag("output", ProfileConfig, "output", "JSON file to write"),
+        Flag("minutes", ProfileConfig, "minutes", "about how long to measure"),
+        Flag("live_log", ProfileConfig, "live_log", "a server's --event_log: its host's cost"),
+        Flag("computed", ProfileConfig, "computed", "compute from a data sheet, measure nothing"),
+        Flag("device", ProfileConfig, "device", "whose data sheet: " + ", ".join(DEVICES)),
+        LOG_LEVEL,
+    ),
+)
+PROGRAMS: Final = Group(
+    "programs",
+    tuple(
+        flag
+        for flag in SCHEDULING.flags
+        if flag.name in ("slice_steps", "max_rows", "max_prefill_tokens")
+    ),
+)
 SAMPLING: Final = Group(
     "sampling",
     (
@@ -272,31 +337,26 @@ SWEEP: Final = Group(
         _bench("sweep_tolerance", "how closely the knee is found, as a share of it"),
     ),
 )
-# Stand-ins for WORKLOAD and OUTPUT.
-BENCH_WORKLOAD: Final = Group(
+WORKLOAD: Final = Group(
     "workload",
-    tuple(
-        Flag(name, BenchWorkloadConfig, name, text)
-        for name, text in (
-            ("rate", "requests/s of a Poisson process"),
-            ("num_requests", "how many"),
-            ("prompt_tokens", "of each"),
-            ("output_tokens", "of each"),
-            ("num_clients", "that take turns; 0: requests name nobody"),
-            ("concurrency", "closed loop of so many; 0: open loop"),
-            ("workload_seed", "of the arrivals"),
-        )
-    ),
-)
-BENCH_OUTPUT: Final = Group(
-    "output",
-    tuple(
-        Flag(name, BenchOutputConfig, name, text)
-        for name, text in (
-            ("slo_ttft_ms", "limit of a good answer; 0: none"),
-            ("slo_tpot_ms", "limit of a good answer; 0: none"),
-            ("slo_e2e_ms", "limit of a good answer; 0: none"),
-            ("json", "file for the results; empty: none"),
-        )
+    (
+        _workload("trace", "trace", "trace file, plain or gzip; empty: a generated workload"),
+        _workload("trace_format", "trace_format", "of the file", ("auto", *FORMATS)),
+        _workload("trace_from_s", "trace_from_s", "leave out what arrives before"),
+        _workload("trace_until_s", "trace_until_s", "leave out what arrives later; unset: nothing"),
+        _workload("client_from", "client_from", "what a trace's clients are", CLIENT_FROM),
+        _workload("jitter_s", "jitter_s", "delay arrivals at random by up to so much"),
+        _workload("workload", "workload", "generator; empty: fair_mix", tuple(GENERATORS)),
+        _workload("workload_options", "workload_options", "parameter=value of it; repeatable"),
+        _workload("workload_seed", "seed", "of generated workloads and of jitter"),
+        _workload("num_requests", "num_requests", "how many; unset: a whole trace, or 1000"),
+        _workload("rate", "rate", "requests per second on average; unset: as they come"),
+        _workload("time_scale", "time_scale", "multiplies arrivals and think times"),
+        _workload("length_scale", "length_scale", "multiplies prompts and outputs"),
+        _workload("workload_max_tokens", "max_tokens", "limit requests state; 0: their output"),
+        _workload("too_long", "too_long", "of requests beyond the model's context", TOO_LONG),
+        _workload("loop", "loop", "when to send: by arrival, or as earlier ones end", LOOPS),
+        _workload("concurrency", "concurrency", "requests under way with --loop=closed"),
+        _workload("per_client", "per_client", "--concurrency counts for each client"),
     ),
 )

@@ -51,8 +51,14 @@ COMMANDS: Final = {
     "bench": Command(
         "load a server, ours or any of OpenAI's dialect, and measure it",
         "jaxserve.bench.load_command",
-        "jaxserve bench --server=127.0.0.1:8470 --rate=8 --num_requests=500",
-        (table.BENCH, table.SWEEP, table.BENCH_WORKLOAD, table.BENCH_OUTPUT),
+        "jaxserve bench --server=127.0.0.1:8470 --rate=8 --html=run.html",
+        (table.BENCH, table.SWEEP, table.WORKLOAD, table.OUTPUT),
+    ),
+    "report": Command(
+        "show runs of simulate and bench side by side, or one again",
+        "jaxserve.report.command",
+        "jaxserve report --compare=a.json --compare=b.json --html=both.html",
+        (table.REPORT,),
     ),
     "key": Command(
         "make an API key and the entry of the key file that knows it",
@@ -65,6 +71,12 @@ COMMANDS: Final = {
         "jaxserve.server.convert_model",
         "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
         (table.CONVERSION,),
+    ),
+    "profile": Command(
+        "measure how long slices take on this device, for simulations",
+        "jaxserve.bench.profile",
+        "jaxserve profile --model=random:llama-14m --output=profile.json",
+        (table.PROFILING, table.MODEL, table.PROGRAMS, table.MEMORY),
     ),
     "policies": Command(
         "list the scheduling policies and presets: source, parameters, laws",

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
+from jaxserve.schedulers.estimators.roofline_time import DEVICES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "neutral")
@@ -149,6 +150,32 @@ class ConvertConfig:
         _require(self.dtype in CONVERT_DTYPES, "dtype", self.dtype, ", ".join(CONVERT_DTYPES))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileConfig:
+    """A serving-time profile: the file to write, and how it is made.
+
+    Measuring takes about `minutes` beside the compilation. `live_log`, the event log of a server
+    with the same flags, tells what its host costs. `computed` asks for the roofline of a `device`
+    that need not be there.
+    """
+
+    output: str = ""
+    minutes: float = 5.0
+    live_log: str = ""
+    computed: bool = False
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output), "output", self.output, "a file")
+        good = math.isfinite(self.minutes) and self.minutes > 0
+        _require(good, "minutes", self.minutes, "a positive number")
+        both = self.computed == bool(self.device)
+        wanted = f"one of {', '.join(DEVICES)} with --computed, unset without"
+        _require(both and self.device in ("", *DEVICES), "device", self.device, wanted)
+        read = not (self.computed and self.live_log)
+        _require(read, "live_log", self.live_log, "unset with --computed")
+
+
 def _is_number(text: str) -> bool:
     return text.strip().isascii() and text.strip().isdigit()
 
@@ -241,29 +268,3 @@ class BenchConfig:
     def address(self) -> str:
         """`server`, or the default of its dialect."""
         return self.server or ("127.0.0.1:8470" if self.api == "grpc" else "127.0.0.1:8471")
-
-
-# Stand-ins for the WORKLOAD and OUTPUT records of the workload and report floors.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchWorkloadConfig:
-    """Stand-in: equal requests by a Poisson process, or a closed loop of `concurrency`."""
-
-    rate: float = 4.0
-    num_requests: int = 100
-    prompt_tokens: int = 64
-    output_tokens: int = 32
-    num_clients: int = 0
-    concurrency: int = 0
-    workload_seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOutputConfig:
-    """Stand-in: limits of a good answer, and where the results go as JSON."""
-
-    slo_ttft_ms: float = 0.0
-    slo_tpot_ms: float = 0.0
-    slo_e2e_ms: float = 0.0
-    json: str = ""

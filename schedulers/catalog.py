@@ -4,11 +4,10 @@ The server, the command line and the tests take policies from here, so that a na
 and its claims are written once.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final
 
 from . import laws, rule_laws
 from .admission import (
@@ -35,28 +34,38 @@ from .order.lpm import Lpm, LpmParameters
 from .order.priority import Priority, PriorityParameters
 from .order.shortest_prefill_first import ShortestPrefillFirst
 from .order.vtc import Vtc, VtcParameters
-from .parameters import NoParameters, explain, read, require
+from .parameters import require
+from .policy import Policy, by_name, describe, find, read_options
+from .routing.catalog import ROUTINGS, RoutingPolicy, find_routing, make_routing, require_told
 from .slicing import Adaptive, AdaptiveParameters, Fixed, SliceBounds, Slicing, WholeSequence
 from .victims import VictimKey, fewest_made, newest
 
-Standing = Literal["published", "code", "re-implementation", "reconstruction", "project rule"]
-"""How sure it is that a policy is what its source means; reconstruction is said in its summary."""
+__all__ = [
+    "ADMISSIONS",
+    "ORDERS",
+    "ROUTINGS",
+    "SLICINGS",
+    "VICTIMS",
+    "AdmissionPolicy",
+    "OrderPolicy",
+    "RoutingPolicy",
+    "SlicingPolicy",
+    "VictimPolicy",
+    "describe",
+    "find_order",
+    "find_routing",
+    "find_slicing",
+    "make_admission",
+    "make_order",
+    "make_routing",
+    "make_slicing",
+    "register",
+    "require_told",
+    "victim_key",
+]
 
 MakeOrder = Callable[[Any, int], Order]
 """make(parameters, page size in tokens)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """One choice among others of its kind. `make` of a kind gets an instance of `parameters`."""
-
-    name: str
-    summary: str
-    source: str
-    standing: Standing
-    parameters: type = NoParameters
-    laws: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,18 +334,11 @@ _VICTIMS: Final = (
     ),
 )
 
-_Kind = TypeVar("_Kind", bound=Policy)
-
-
-def _by_name(policies: Iterable[_Kind]) -> Mapping[str, _Kind]:
-    return MappingProxyType({policy.name: policy for policy in policies})
-
-
 _known: Final = {policy.name: policy for policy in _ORDERS}
 ORDERS: Final[Mapping[str, OrderPolicy]] = MappingProxyType(_known)
-ADMISSIONS: Final = _by_name(_ADMISSIONS)
-SLICINGS: Final = _by_name(_SLICINGS)
-VICTIMS: Final = _by_name(_VICTIMS)
+ADMISSIONS: Final = by_name(_ADMISSIONS)
+SLICINGS: Final = by_name(_SLICINGS)
+VICTIMS: Final = by_name(_VICTIMS)
 
 
 def register(policy: OrderPolicy) -> None:
@@ -354,12 +356,12 @@ def register(policy: OrderPolicy) -> None:
 
 def find_order(name: str) -> OrderPolicy:
     """The order of that name or alias. Raises ValueError with the nearest names."""
-    return _find("order", ORDERS, name)
+    return find("order", ORDERS, name)
 
 
 def find_slicing(name: str) -> SlicingPolicy:
     """The slicing of that name. Raises ValueError with the nearest names."""
-    return _find("slicing", SLICINGS, name)
+    return find("slicing", SLICINGS, name)
 
 
 def make_order(name: str, options: Iterable[str] = (), *, page_size: int) -> Order:
@@ -368,66 +370,21 @@ def make_order(name: str, options: Iterable[str] = (), *, page_size: int) -> Ord
     Raises ValueError for a name, a parameter or a value that does not exist.
     """
     policy = find_order(name)
-    return policy.make(_parameters("order", policy, options), page_size)
+    return policy.make(read_options("order", policy, options), page_size)
 
 
 def make_admission(name: str, options: Iterable[str] = ()) -> Admission:
     """The same of an admission rule."""
-    policy = _find("admission", ADMISSIONS, name)
-    return policy.make(_parameters("admission", policy, options))
+    policy = find("admission", ADMISSIONS, name)
+    return policy.make(read_options("admission", policy, options))
 
 
 def make_slicing(name: str, options: Iterable[str] = (), *, bounds: SliceBounds) -> Slicing:
     """The same of a slicing."""
     policy = find_slicing(name)
-    return policy.make(_parameters("slicing", policy, options), bounds)
+    return policy.make(read_options("slicing", policy, options), bounds)
 
 
 def victim_key(name: str) -> VictimKey | None:
     """The key of a victim rule; None: the order's own. Raises ValueError for an unknown name."""
-    return _find("victim", VICTIMS, name).key
-
-
-def _find(kind: str, policies: Mapping[str, _Kind], name: str) -> _Kind:
-    for policy in policies.values():
-        if name == policy.name or name in policy.aliases:
-            return policy
-    aliases = [alias for policy in policies.values() for alias in policy.aliases]
-    raise ValueError(not_found(kind, name, policies, aliases))
-
-
-def not_found(kind: str, name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str:
-    """What to say of a name that does not exist: the names that do, and the nearest, which may be
-    an alias."""
-    names = list(known)
-    near = difflib.get_close_matches(name, [*names, *aliases], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{kind}: got {name!r}; allowed: {', '.join(names)}{hint}"
-
-
-def _parameters(kind: str, policy: Policy, options: Iterable[str]) -> Any:
-    """An instance of the policy's parameters, from texts such as "quantum=4096"."""
-    try:
-        texts = {}
-        for option in options:
-            parameter, equals, text = option.partition("=")
-            if not equals:
-                raise ValueError(f"got {option!r}; options look like parameter=value")
-            if parameter in texts:
-                raise ValueError(f"{parameter}: got it twice; allowed: once")
-            texts[parameter] = text
-        return read(policy.parameters, texts)
-    except ValueError as error:
-        raise ValueError(f"{kind}_options: {error}") from None
-
-
-def describe(policy: Policy) -> list[str]:
-    """A policy in a few lines, for people."""
-    parameters = ", ".join(explain(policy.parameters))
-    names = " ".join((policy.name, *policy.aliases))
-    lines = [f"{names}: {policy.summary}", f"  source: {policy.source} ({policy.standing})"]
-    if parameters:
-        lines.append(f"  parameters: {parameters}")
-    if policy.laws:
-        lines.append(f"  laws: {', '.join(policy.laws)}")
-    return lines
+    return find("victim", VICTIMS, name).key

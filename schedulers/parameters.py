@@ -38,6 +38,11 @@ def not_negative(name: str, value: float) -> None:
     require(math.isfinite(value) and value >= 0, name, value, "0 or more")
 
 
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises ValueError unless `value` is a whole number, `least` or more."""
+    require(value >= least, name, value, f"{least} or more")
+
+
 def price(name: str, value: float) -> None:
     """Raises ValueError unless `value` is what a token may cost."""
     require(0 <= value <= MOST_PRICE, name, value, "0 or more, 1e9 at most")

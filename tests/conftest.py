@@ -5,6 +5,7 @@ schedulers start without it, and processes that a test starts are as strict as t
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -53,3 +54,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(platform) and platform != _PLATFORM:
                 reason = f"needs a {platform}; try JAXSERVE_TEST_PLATFORM={platform}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def write_profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Writes a profile of a named shape whose slices take `step_s` a step, and returns its path."""
+
+    def write(shape: str, *, step_s: float) -> str:
+        from jaxserve.models.config import SHAPES
+        from jaxserve.models.profile import MEASURED, Errors, ModelShape, Profile
+        from jaxserve.schedulers.estimators.bilinear import Bilinear, BilinearTime
+        from jaxserve.schedulers.estimators.fitted_time import Curve, FitError, FittedTime
+
+        nothing = FitError(0.0, 0.0, 1)
+        path = tmp_path_factory.mktemp("profile") / f"{shape}.json"
+        Profile(
+            kind=MEASURED,
+            model_name=shape,
+            model=ModelShape.of(SHAPES[shape]),
+            device="cpu",
+            num_devices=1,
+            precision="float32",
+            page_size=16,
+            num_pages=None,
+            kernels={},
+            versions={},
+            date="2026-11-21",
+            host_overlaps=True,
+            time=FittedTime(
+                dispatch_s=0.0,
+                step_s=Curve((1,), (step_s,)),
+                attended_s=0.0,
+                prompt_step_s=step_s,
+            ),
+            bilinear=BilinearTime(Bilinear(0.0, 0.0, 0.0, step_s), Bilinear(0.0, 0.0, 0.0, step_s)),
+            errors=Errors(prefill=nothing, decode=nothing),
+        ).save(path)
+        return str(path)
+
+    return write

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.engine.batch import BatchShape, Bucket
+from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.compile_count import CompileCount
 from jaxserve.engine.core import EngineCore, sample_seed
 from jaxserve.engine.core_config import CoreConfig

@@ -18,10 +18,11 @@ from jaxserve.bench.peers.protocol import Meter
 from jaxserve.bench.peers.workload import MAX_ROWS, make_requests, warm_up_requests
 from jaxserve.client import AsyncClient
 from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.buckets import make_buckets
 from jaxserve.engine.build import TILE
 from jaxserve.engine.devices import open_mesh
 from jaxserve.engine.event_log import plan_from_json, read_events
-from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
+from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.plan import SlicePlan
 from jaxserve.models.config import SHAPES
 from jaxserve.models.sources import load_weights, parse_source

@@ -5,31 +5,48 @@ measured until then is reported in every case. Knows neither dialects nor statis
 """
 
 import asyncio
+import json
+import math
+import platform
 import signal
 import sys
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
+import numpy as np
 from rich.console import Console
 
-from jaxserve.bench import stand_in
+from jaxserve import __version__
+from jaxserve.bench.against import simulated
 from jaxserve.bench.live_display import LiveDisplay
 from jaxserve.bench.load_client import LoadClient
 from jaxserve.bench.repeats import repeat_table, run_numbers
-from jaxserve.bench.sweep import Limits, Point, find_knee, judge
+from jaxserve.bench.sweep import Point, find_knee, judge
 from jaxserve.bench.tally import Tally
 from jaxserve.bench.transport import Asking, ServerFacts, Transport, read_client_keys
 from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings
+from jaxserve.report.compare import compare, show_comparison
+from jaxserve.report.config import OutputConfig
+from jaxserve.report.measure import measure
 from jaxserve.report.recorder import Recorder
+from jaxserve.report.report import About, Report
+from jaxserve.report.write import check_files, write_report, write_text
 from jaxserve.server_config import BenchConfig
-from jaxserve.workload.work import Workload
+from jaxserve.workload.config import WorkloadConfig
+from jaxserve.workload.feed import Feed
+from jaxserve.workload.load import load_workload
+from jaxserve.workload.tokens import draw_tokens
+from jaxserve.workload.work import Work, Workload
 
 EXIT_LOST: Final = 1
 EXIT_INTERRUPTED: Final = 130
 FEW_REQUESTS: Final = 20
 """In a sweep's window: fewer say little."""
+_SECRETS: Final = ("api_key",)
+"""Flags that no report shows."""
 
 
 def main(settings: Settings) -> int:
@@ -51,9 +68,11 @@ def open_transport(config: BenchConfig, asking: Asking) -> Transport:
 
 @dataclass(slots=True)
 class _Run:
-    """One run's outcome."""
+    """One run: what it is given, and what came of it."""
 
     workload: Workload
+    make_feed: Callable[[], Feed]
+    tally: Tally = field(default_factory=Tally)
     recorder: Recorder = field(default_factory=Recorder)
     died: bool = False
 
@@ -61,7 +80,11 @@ class _Run:
 class _Bench:
     def __init__(self, settings: Settings, config: BenchConfig):
         self._settings, self._config = settings, config
-        self._limits: Limits = stand_in.read_limits(settings)
+        self._workload_config = settings.record(WorkloadConfig)
+        self._output = settings.record(OutputConfig)
+        if config.sweep and self._workload_config.loop == "closed":
+            raise ConfigError("sweep: got true; allowed: false with --loop=closed: it has no rate")
+        check_files(self._output)
         self._console = Console(file=sys.stderr, highlight=False)
         self._client: LoadClient | None = None
         self._interrupted = False
@@ -69,8 +92,8 @@ class _Bench:
 
     async def run(self) -> int:
         config = self._config
-        # Made before the server is asked: a bad flag is said at once.
-        workload = stand_in.make_workload(self._settings, max_context=config.max_context)
+        # Read before the server is asked: what is wrong with it is said at once.
+        workload, _ = load_workload(self._workload_config, max_context=config.max_context)
         asking = Asking(
             model=config.served_model,
             temperature=config.temperature,
@@ -99,9 +122,9 @@ class _Bench:
             self._client.stop()
 
     def _known_vocab_size(self, facts: ServerFacts) -> int:
-        if self._config.api == "openai-chat":
-            return self._config.vocab_size or facts.vocab_size or 1 << 16  # prompts are words
         found = self._config.vocab_size or facts.vocab_size
+        if found is None and self._config.api == "openai-chat":
+            return 1 << 16  # prompts are words
         if found is None:
             raise ConfigError(
                 f"vocab_size: {self._config.address} does not say how many tokens {facts.model}"
@@ -109,28 +132,29 @@ class _Bench:
             )
         return found
 
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     # ---------------------------------------------------------------------------- runs
 
-    async def _run_once(
-        self, run: _Run, tally: Tally, *, title: str, send_s: float, grace_s: float
-    ) -> None:
-        draw = partial(
-            stand_in.draw_tokens,
-            block_size=run.workload.block_size,
-            vocab_size=self._vocab_size,
-            seed=self._num_runs,  # else a run would find an earlier one's prompts cached
-        )
+    async def _run_once(self, run: _Run, *, title: str, send_s: float) -> None:
+        workload, seed = run.workload, self._num_runs
         self._num_runs += 1
+
+        def draw(work: Work) -> np.ndarray:
+            # Seeded by run, else one would find an earlier one's prompts in the server's cache.
+            return draw_tokens(work, workload.block_size, vocab_size=self._vocab_size, seed=seed)
+
         self._client = LoadClient(
             self._transport,
-            stand_in.make_feed(self._settings, run.workload),
+            run.make_feed(),
             draw,
             recorder=run.recorder,
-            tally=tally,
+            tally=run.tally,
             send_s=send_s or None,
-            grace_s=grace_s,
+            grace_s=self._config.grace_s,
         )
-        async with LiveDisplay(self._console, tally, title):
+        async with LiveDisplay(self._console, run.tally, title):
             await self._client.run()
         run.died = self._client.died
         self._client = None
@@ -139,27 +163,51 @@ class _Bench:
 
     async def _repeat(self) -> bool:
         """Returns whether the server was lost."""
-        config, all_numbers = self._config, []
+        config, numbers = self._config, []
         for number in range(config.repeat):
-            workload = stand_in.make_workload(
-                self._settings, seed=number, max_context=self._max_context
+            workload_config = replace(
+                self._workload_config, seed=self._workload_config.seed + number
             )
-            run, tally = _Run(workload), Tally()
+            run = _Run(*load_workload(workload_config, max_context=self._max_context))
             title = f"run {number + 1}/{config.repeat} " if config.repeat > 1 else ""
-            await self._run_once(
-                run, tally, title=title, send_s=config.send_s, grace_s=config.grace_s
-            )
-            numbers = run_numbers(tally, self._limits)
-            all_numbers.append(numbers)
-            stand_in.show_run(run.recorder, self._settings, numbers, self._facts.described)
-            print("\n".join(tally.closing_lines(self._transport.counted)))
+            await self._run_once(run, title=title, send_s=config.send_s)
+            report = self._report(run)
+            numbers.append(run_numbers(report))
+            write_report(report, _numbered(self._output, number), self._say)
+            print("\n".join(run.tally.closing_lines(self._transport.counted)), flush=True)
             if run.died or self._interrupted:
                 return run.died
             if config.against:
-                stand_in.show_against(self._settings, workload, run.recorder)
+                self._show_against(run, report)
         if config.repeat > 1:
-            print("\n".join(repeat_table(all_numbers)))
+            print("\n".join(repeat_table(numbers)))
         return False
+
+    def _report(self, run: _Run) -> Report:
+        return measure(run.recorder, self._about(run, kind="live"), self._output.measure_options)
+
+    def _about(self, run: _Run, *, kind: str) -> About:
+        shown = {f"--{k}": v for k, v in self._settings.as_text().items() if k not in _SECRETS}
+        late_ms = 1e3 * run.tally.lateness_p99_s()
+        return About(
+            kind=kind,
+            title=f"{run.workload.name}, {self._config.api} at {self._config.address}",
+            configuration={
+                **{f"server {name}": value for name, value in self._facts.described.items()},
+                **{f"client {name}": value for name, value in shown.items()},
+                "client lateness": f"P99 {late_ms:.1f} ms",
+                "tokens counted by": self._transport.counted,
+            },
+            workload={"name": run.workload.name, **run.workload.described},
+            versions={"jaxserve": __version__, "Python": platform.python_version()},
+            seeds={"workload": self._workload_config.seed},
+        )
+
+    def _show_against(self, run: _Run, live: Report) -> None:
+        recorder = simulated(self._settings, run.workload, run.make_feed)
+        about = self._about(run, kind="simulated")
+        report = measure(recorder, about, self._output.measure_options)
+        show_comparison(compare([live, report], paths=("live", "simulated")))
 
     # ---------------------------------------------------------------------------- the sweep
 
@@ -167,38 +215,28 @@ class _Bench:
         """Returns whether the server was lost."""
         config, died = self._config, False
 
-        async def measure(rate: float) -> Point | None:
+        async def at_rate(rate: float) -> Point | None:
             nonlocal died
-            workload = stand_in.make_workload(
-                self._settings, rate=rate, max_context=self._max_context
-            )
-            tally = Tally(warm_up_s=config.sweep_warm_up_s)
-            run, send_s = _Run(workload), config.sweep_warm_up_s + config.sweep_s
-            await self._run_once(
-                run, tally, title=f"{rate:.3g}/s ", send_s=send_s, grace_s=config.grace_s
-            )
+            run = self._run_at(rate)
+            send_s = config.sweep_warm_up_s + config.sweep_s
+            await self._run_once(run, title=f"{rate:.3g}/s ", send_s=send_s)
             died = run.died
             if run.died or self._interrupted:
                 return None
-            until_s = min(send_s, max(row.due_s for row in tally.rows.values()))
-            if until_s <= tally.warm_up_s:
+            until_s = min(send_s, max(row.due_s for row in run.tally.rows.values()))
+            if until_s <= config.sweep_warm_up_s:
                 self._say(
-                    f"{rate:.3g} requests/s: the workload's {workload.num_requests} requests are"
-                    " sent before the warm-up ends; the sweep ends here: give it more of them"
+                    f"{rate:.3g} requests/s: all {run.workload.num_requests} requests are sent"
+                    " before the warm-up ends; the sweep ends here: give it a longer workload"
                 )
                 return None
-            point = judge(
-                tally,
-                rate=rate,
-                until_s=until_s,
-                limits=self._limits,
-                share=config.sweep_share,
-            )
+            limits, share = self._output.limits, config.sweep_share
+            point = judge(run.tally, rate=rate, until_s=until_s, limits=limits, share=share)
             self._tell(point)
             return point
 
         sweep = await find_knee(
-            measure,
+            at_rate,
             least=config.sweep_from,
             most=config.sweep_to,
             tolerance=config.sweep_tolerance,
@@ -206,8 +244,20 @@ class _Bench:
         if sweep.points:
             print("\n".join(sweep.table()))
             print(f"tokens counted by {self._transport.counted}")
-            stand_in.write_json(self._settings, {"sweep": sweep.as_json()})
+        if self._output.json:
+            text = json.dumps({"sweep": sweep.as_json()}, indent=1)
+            write_text(self._output.json, text, field="json", progress=self._say)
         return died
+
+    def _run_at(self, rate: float) -> _Run:
+        """A run of the workload at `rate`; a generated one is as long as the rate needs."""
+        config, changed = self._config, {"rate": rate, "time_scale": None}
+        if not self._workload_config.trace and self._workload_config.num_requests is None:
+            seconds = config.sweep_warm_up_s + config.sweep_s
+            changed["num_requests"] = math.ceil(rate * seconds * 1.2) + 10
+        workload_config = replace(self._workload_config, **changed)
+        tally = Tally(warm_up_s=config.sweep_warm_up_s)
+        return _Run(*load_workload(workload_config, max_context=self._max_context), tally=tally)
 
     def _tell(self, point: Point) -> None:
         verdict = "keeps up" if point.keeps_up else "too much"
@@ -216,5 +266,14 @@ class _Bench:
             line += f" (of {point.num_requests} requests alone: give it more, or a longer sweep_s)"
         self._say(line)
 
-    def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+
+def _numbered(output: OutputConfig, number: int) -> OutputConfig:
+    """Files of a run that is not the first have its number in their names."""
+    if not number:
+        return output
+    named = {}
+    for form, path in output.files.items():
+        if path:
+            place = Path(path)
+            named[form] = str(place.with_name(f"{place.stem}-{number + 1}{place.suffix}"))
+    return replace(output, **named)

@@ -1,4 +1,4 @@
-"""One number for each thing measured in a run, and what several runs say together."""
+"""What several runs of the same kind say together: means and confidence intervals."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,8 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from jaxserve.bench.sweep import Limits
-from jaxserve.bench.tally import Tally
+from jaxserve.report.report import Report
 
 # Student's t at 97.5 %, by degrees of freedom from 1.
 _T: Final = (
@@ -16,28 +15,25 @@ _T: Final = (
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 _T_MANY: Final = 1.96
+_NUMBERS: Final = (
+    "requests_per_s",
+    "output_tokens_per_s",
+    "hit_rate",
+    "goodput_share",
+    "jain_service",
+)
+_DISTRIBUTIONS: Final = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+_STATISTICS: Final = ("mean", "p50", "p99")
 
 
-def run_numbers(tally: Tally, limits: Limits) -> dict[str, float]:
-    """The whole run's main numbers; times of answers in full. NaN where there is nothing."""
-    rows = list(tally.rows.values())
-    good = [row for row in rows if row.good]
-    seconds = max(tally.ended_s, 1e-9)
-    numbers = {
-        "requests/s": len(good) / seconds,
-        "tokens/s": tally.num_tokens / seconds,
-    }
-    for name, values in (
-        ("TTFT ms", [1e3 * row.ttft_s for row in good if row.first_s >= 0]),
-        ("TPOT ms", [1e3 * row.tpot_s for row in good if row.tokens > 1]),
-        ("E2E ms", [1e3 * row.e2e_s for row in good]),
-    ):
-        found = np.array(values or [math.nan])
-        numbers[f"{name} mean"] = float(found.mean())
-        numbers |= {f"{name} P{p}": float(np.percentile(found, p)) for p in (50, 99)}
-    if limits.given:
-        numbers["good %"] = 100 * sum(map(limits.met, rows)) / max(len(rows), 1)
-    return numbers
+def run_numbers(report: Report) -> dict[str, float]:
+    """A run's main numbers, by the report's names; those that it has."""
+    numbers = {name: report.numbers.get(name) for name in _NUMBERS}
+    for name in _DISTRIBUTIONS:
+        if name in report.distributions:
+            statistics = report.distributions[name].statistics
+            numbers |= {f"{name} {it}": statistics[it] for it in _STATISTICS}
+    return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -51,10 +47,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def repeat_table(runs: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Lines for a person: each number over all runs."""
-    yield f"over {len(runs)} runs     mean  +- 95 %    runs"
+    """Lines for a person: each number that all runs have."""
+    yield f"{f'over {len(runs)} runs':20s}       mean  +- 95 %    runs"
     for name in runs[0]:
-        values = [run[name] for run in runs]
-        mean, half = interval(values)
-        shown = "  ".join(f"{value:.4g}" for value in values)
-        yield f"{name:12s} {mean:10.4g} {half:8.3g}    {shown}"
+        if all(name in run for run in runs):
+            values = [run[name] for run in runs]
+            mean, half = interval(values)
+            shown = "  ".join(f"{value:.4g}" for value in values)
+            yield f"{name:20s} {mean:10.4g} {half:8.3g}    {shown}"

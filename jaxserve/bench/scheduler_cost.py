@@ -18,7 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.engine.batch import BatchShape, Bucket, Packer
+from jaxserve.engine.batch import BatchShape, Packer
+from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.garbage import settle_collector

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from jaxserve.bench.tally import Row, Tally
+from jaxserve.report.options import Limits
 
 FOLLOWS: Final = 0.95
 """Without limits: share of the requests of the window that must be answered by its end."""
@@ -23,22 +24,14 @@ SLACK_S: Final = 0.010
 MAX_POINTS: Final = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a good answer is, in seconds; None: no limit. TPOT as the report defines it."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
-
-    @property
-    def given(self) -> bool:
-        return (self.ttft_s, self.tpot_s, self.e2e_s) != (None, None, None)
-
-    def met(self, row: Row) -> bool:
-        """Whether the answer came in full and in time."""
-        pairs = ((row.ttft_s, self.ttft_s), (row.tpot_s, self.tpot_s), (row.e2e_s, self.e2e_s))
-        return row.good and all(most is None or got <= most for got, most in pairs)
+def meets(row: Row, limits: Limits) -> bool:
+    """Whether the answer came in full and in time."""
+    pairs = (
+        (row.ttft_s, limits.ttft_s),
+        (row.tpot_s, limits.tpot_s),
+        (row.e2e_s, limits.e2e_s),
+    )
+    return row.good and all(most is None or got <= most for got, most in pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +72,7 @@ def judge(tally: Tally, *, rate: float, until_s: float, limits: Limits, share: f
     ended = [row.ended_s for row in tally.rows.values() if row.good]
     answered = sum(tally.warm_up_s <= at_s < until_s for at_s in ended)
     answered_share = answered / len(rows) if rows else 0.0
-    good_share = sum(map(limits.met, rows)) / len(rows) if rows else 0.0
+    good_share = sum(meets(row, limits) for row in rows) / len(rows) if rows else 0.0
     growth, queues = _growth(rows, tally.warm_up_s + window_s / 2)
     if limits.given:
         keeps_up = bool(rows) and good_share >= share

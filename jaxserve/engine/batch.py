@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 
@@ -51,14 +52,6 @@ _SAMPLING: Final = struct.Struct("=5iIi6f")
 
 IDLE, DECODE, START = range(3)
 """Kinds of rows: padding or in the middle of its prompt; decoding; ends its prompt in step 0."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Bucket:
-    """The static shape of one program: rows and prompt tiles (0: no prompts, decode only)."""
-
-    rows: int
-    tiles: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +93,7 @@ class Packer:
 
     def __init__(self, shape: BatchShape, buckets: tuple[Bucket, ...]):
         self._shape = shape
-        self._buckets = sorted(buckets)
+        self._buckets = Buckets(buckets, tile=shape.tile)
         slots = shape.max_rows
         self._records = np.zeros((slots, len(ROW_FIELDS)), np.int32)
         self._stop = np.full((slots, MAX_STOP), -1, np.int32)
@@ -108,21 +101,12 @@ class Packer:
         self._extras = np.zeros(slots, bool)
         self._logprobs = np.zeros(slots, bool)
         self._greatest = [0] * slots  # pages of each slot's table that are written
-        most_tiles = max((bucket.tiles for bucket in buckets), default=0)
-        self._tile_starts = shape.tile * np.arange(most_tiles, dtype=np.int32)
+        self._tile_starts = shape.tile * np.arange(self._buckets.most_tiles, dtype=np.int32)
 
     def bucket(self, plan: SlicePlan) -> Bucket:
-        """The smallest bucket that holds the plan."""
-        tile = self._shape.tile
-        tiles = sum(-(-row.chunk.tokens.size // tile) for row in plan.rows if row.chunk is not None)
-        for bucket in self._buckets:
-            enough = bucket.rows >= len(plan.rows) and bucket.tiles >= tiles
-            if enough and (bucket.tiles > 0) == (tiles > 0):
-                return bucket
-        raise ValueError(
-            f"a slice of {len(plan.rows)} rows and {tiles} prompt tiles fits no program;"
-            f" the largest is {self._buckets[-1]}"
-        )
+        """The smallest bucket that holds the plan. Raises ValueError when none does."""
+        chunks = [row.chunk.tokens.size for row in plan.rows if row.chunk is not None]
+        return self._buckets.smallest(len(plan.rows), chunks)
 
     def pack(self, plan: SlicePlan) -> tuple[Bucket, np.ndarray, np.ndarray]:
         """The bucket, the packed buffer, and the order: `order[i]` is the plan's row in place i.

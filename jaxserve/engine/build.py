@@ -6,17 +6,19 @@ from pathlib import Path
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
+from jaxserve.engine.buckets import Bucket, Buckets, make_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
 from jaxserve.engine.event_log import EventLog
 from jaxserve.engine.executor import Executor
-from jaxserve.engine.scripted import PaceProfile, ScriptedExecutor
+from jaxserve.engine.scripted import Pace, ScriptedExecutor
 from jaxserve.engine.statistics import Compiles
 from jaxserve.errors import ConfigError
 from jaxserve.models.byte_progress import byte_progress
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.info import ModelInfo
+from jaxserve.models.profile import find_profile
 from jaxserve.models.sources import ModelSource, load_model_config, load_weights, parse_source
 from jaxserve.models.text_files import check_vocabulary, tokenizer_file
 from jaxserve.request import Limits
@@ -39,7 +41,7 @@ def build_engine(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.vocab_size)
     if config.executor == "jax":
-        executor, info, compiles = _build_jax(config, source, model, progress)
+        executor, info, compiles = build_jax(config, source, model, progress)
     else:
         executor, info = _build_scripted(config, model)
         compiles = Compiles
@@ -80,13 +82,10 @@ def _limits(config: EngineConfig, model: ModelConfig) -> Limits:
 
 
 def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor, ModelInfo]:
-    profile = None
-    if config.executor == "paced":
-        if not config.profile:
-            raise ConfigError("profile: --executor=paced needs --profile=<file with step times>")
-        profile = PaceProfile.load(config.profile)
     executor = ScriptedExecutor(
-        vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, profile=profile
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        pace=_pace(config, model) if config.executor == "paced" else None,
     )
     num_pages = config.cache.num_pages or _pages_rows_can_use(config, model)
     info = ModelInfo(
@@ -105,7 +104,21 @@ def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor,
     return executor, info
 
 
-def _build_jax(
+def _pace(config: EngineConfig, model: ModelConfig) -> Pace:
+    if not config.profile:
+        raise ConfigError("profile: --executor=paced needs --profile=<name or file>")
+    profile = find_profile(config.profile)
+    profile.check_shape(model)
+    return Pace(profile.time, Buckets(serving_buckets(config), tile=TILE))
+
+
+def serving_buckets(config: EngineConfig) -> tuple[Bucket, ...]:
+    """The programs that serving compiles."""
+    max_tiles = -(-config.scheduler.max_prefill_tokens // TILE)
+    return make_buckets(config.scheduler.max_rows, max_tiles)
+
+
+def build_jax(
     config: EngineConfig, source: ModelSource, model: ModelConfig, progress
 ) -> tuple[Executor, ModelInfo, Callable[[], Compiles]]:
     import jax
@@ -114,7 +127,7 @@ def _build_jax(
     from jaxserve.engine.batch import BatchShape
     from jaxserve.engine.compile_count import CompileCount
     from jaxserve.engine.devices import open_mesh
-    from jaxserve.engine.jax_executor import JaxExecutor, make_buckets
+    from jaxserve.engine.jax_executor import JaxExecutor
     from jaxserve.kernels.backend import resolve
 
     count = CompileCount()
@@ -142,13 +155,12 @@ def _build_jax(
         step_buffer=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
         max_rows=config.scheduler.max_rows,
     )
-    max_tiles = -(-config.scheduler.max_prefill_tokens // TILE)
     executor = JaxExecutor(
         model,
         weights,
         mesh=mesh,
         shape=shape,
-        buckets=make_buckets(shape.max_rows, max_tiles),
+        buckets=serving_buckets(config),
         num_pages=num_pages,
         page_size=page_size,
         kernels=config.kernels,

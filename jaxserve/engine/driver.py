@@ -3,7 +3,6 @@
 Everything else talks to it through a queue, so the core needs no locks and JAX sees one thread.
 """
 
-import dataclasses
 import queue
 import threading
 from collections import deque
@@ -145,7 +144,7 @@ class EngineDriver:
         waited_from_s = self._clock.now()
         result = self._executor.wait(ticket)
         now_s = self._clock.now()
-        result = dataclasses.replace(result, host_s=waited_from_s - self._host_since_s)
+        result.host_s = waited_from_s - self._host_since_s
         self._host_since_s = now_s
         if self._log is not None:
             self._log.complete(now_s, result)

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.engine.batch import BatchShape, Bucket, Packer
+from jaxserve.engine.batch import BatchShape, Packer
+from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.plan import RowStart, SliceLogprobs, SlicePlan, SliceResult
 from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
 from jaxserve.kernels.backend import resolve
@@ -44,35 +45,6 @@ class _Ticket:
     output: Future[SliceOutput]
     wants_logprobs: bool
     dispatched_s: float
-
-
-def row_buckets(max_rows: int) -> list[int]:
-    """1, 8, 16, 32 ... up to `max_rows`: rows are padded to the next."""
-    sizes = [1]
-    size = 8
-    while size < max_rows:
-        sizes.append(size)
-        size *= 2
-    return sorted({*(s for s in sizes if s < max_rows), max_rows})
-
-
-def tile_buckets(max_tiles: int) -> list[int]:
-    """Prompt tiles of a mixed step: powers of four down from the token budget."""
-    sizes = [max_tiles]
-    while sizes[-1] > 4:
-        sizes.append(-(-sizes[-1] // 4))
-    return sorted(sizes)
-
-
-def make_buckets(max_rows: int, max_tiles: int) -> tuple[Bucket, ...]:
-    """All programs of a deployment: decode only for each row bucket, and mixed ones.
-
-    Mixed steps come with fewer row buckets, since prompts dominate their time.
-    """
-    rows = row_buckets(max_rows)
-    mixed = sorted({rows[0], *rows[1:-1][1::2], rows[-1]})
-    decode = [Bucket(r, 0) for r in rows]
-    return (*decode, *(Bucket(r, t) for r in mixed for t in tile_buckets(max_tiles)))
 
 
 class JaxExecutor:

@@ -86,9 +86,9 @@ class SliceLogprobs:
     top: np.ndarray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SliceResult:
-    """What a slice did, rows in the plan's order.
+    """What a slice did, rows in the plan's order. Only the driver changes it: it knows `host_s`.
 
     `tokens` is int32 [S, B]; row b made `counts[b]` of them, from the top. `codes[b]` is a `Code`.
     `slice_s` is the time the device was busy with it, `host_s` the host's work around it.

@@ -46,7 +46,8 @@ class Prefixes:
             return
         keys = list(request.page_keys[:whole])
         if whole > len(keys):
-            tokens = row.tokens()[len(keys) * size : whole * size]
+            first = len(keys)
+            tokens = row.tokens(first * size)[: (whole - first) * size]
             parent = {"parent": keys[-1]} if keys else {}
             keys += page_keys(
                 tokens,

@@ -1,21 +1,22 @@
-"""Executors without a device: `mock` counts up, `paced` also takes the time a profile predicts.
+"""Executors without a device: `mock` counts up, `paced` also takes the time a model predicts.
 
 Their tokens can be worked out by hand: each is the one before plus 1, modulo the vocabulary, the
 first following the prompt's last token. Limits, stop ids, minimum lengths and quorum are those of
 the slice program, so the core, the server and their tests meet the real contract.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.plan import Code, RowPlan, RowStart, SliceLogprobs, SlicePlan, SliceResult
-from jaxserve.errors import ConfigError
+from jaxserve.engine.slice_shape import slice_shape
 from jaxserve.request import MAX_TOP_LOGPROBS
+from jaxserve.schedulers.estimators.serving_time import SliceShape
+from jaxserve.schedulers.estimators.slice_time import SliceTime
 
 
 @dataclass(slots=True)
@@ -27,59 +28,56 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class PaceProfile:
-    """Seconds of a slice: `slice_s + steps * (step_s + row_s * rows) + token_s * prompt tokens`."""
+class Pace:
+    """How long slices take: a model of time, and the programs that pad them."""
 
-    slice_s: float
-    step_s: float
-    row_s: float
-    token_s: float
+    time: SliceTime
+    buckets: Buckets
 
-    @classmethod
-    def load(cls, path: str) -> "PaceProfile":
-        """Raises ConfigError for a file that is missing or holds no such numbers."""
-        try:
-            fields = json.loads(Path(path).read_text())
-            return cls(**{name: float(fields[name]) for name in cls.__dataclass_fields__})
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            names = ", ".join(cls.__dataclass_fields__)
-            raise ConfigError(
-                f"profile: got {path!r} ({error}); allowed: a JSON file with {names} in seconds"
-            ) from error
-
-    def seconds(self, plan: SlicePlan, steps_run: int) -> float:
-        steps = steps_run * (self.step_s + self.row_s * len(plan.rows))
-        return self.slice_s + steps + self.token_s * plan.num_prefill_tokens
+    def shape(
+        self, plan: SlicePlan, *, lengths: list[int], counts: list[int], steps_run: int
+    ) -> SliceShape:
+        """What a slice runs; see `slice_shape`."""
+        chunks = [row.chunk.tokens.size for row in plan.rows if row.chunk is not None]
+        bucket = self.buckets.smallest(len(plan.rows), chunks)
+        return slice_shape(
+            plan,
+            lengths=lengths,
+            counts=counts,
+            steps_run=steps_run,
+            rows_run=bucket.rows,
+            prefill_run=bucket.tiles * self.buckets.tile,
+        )
 
 
 class ScriptedExecutor:
-    """Tokens by rule. With a profile it sleeps so that slices follow each other at that pace."""
+    """Tokens by rule. With a pace it sleeps so that slices follow each other as on a device."""
 
     def __init__(
         self,
         *,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
-        profile: PaceProfile | None = None,
+        pace: Pace | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ):
         self._vocab_size = vocab_size
         self._eos = frozenset(eos_token_ids)
-        self._profile = profile
+        self._pace = pace
         self._now, self._sleep = now, sleep
         self._rows: dict[int, _Row] = {}
         self._busy_until_s = 0.0
 
     def dispatch(self, plan: SlicePlan) -> tuple[SliceResult, float]:
         result = self._run(plan)
-        seconds = self._profile.seconds(plan, result.steps_run) if self._profile else 0.0
+        seconds = result.slice_s if self._pace else 0.0
         self._busy_until_s = max(self._busy_until_s, self._now()) + seconds
         return result, self._busy_until_s
 
     def wait(self, ticket: tuple[SliceResult, float]) -> SliceResult:
         result, ready_s = ticket
-        if self._profile and ready_s > self._now():
+        if self._pace and ready_s > self._now():
             self._sleep(ready_s - self._now())
         return result
 
@@ -93,6 +91,7 @@ class ScriptedExecutor:
                 last = start.made[-1] if start.made else int(start.prompt[-1])
                 length = start.prompt.size + len(start.made)
                 self._rows[plan_row.slot] = _Row(start, last, length)
+        lengths = [self._length(row) for row in plan.rows]
         step = 0
         while step < plan.steps and int(np.sum(codes != Code.RUNNING)) < plan.quorum:
             active = [b for b, row in enumerate(plan.rows) if self._active(row, int(counts[b]))]
@@ -104,18 +103,28 @@ class ScriptedExecutor:
                 counts[b] += 1
             step += 1
         steps_run = max(step, 1)  # prompts alone are one step
-        seconds = self._profile.seconds(plan, steps_run) if self._profile else 1e-3 * steps_run
+        slice_s, rows_run, prefill_run = 1e-3 * steps_run, num_rows, plan.num_prefill_tokens
+        if self._pace is not None:
+            shape = self._pace.shape(
+                plan, lengths=lengths, counts=counts.tolist(), steps_run=steps_run
+            )
+            slice_s = self._pace.time.slice_s(shape)
+            rows_run, prefill_run = shape.rows, shape.prefill_tokens
         return SliceResult(
             number=plan.number,
             steps_run=steps_run,
             tokens=tokens,
             counts=counts,
             codes=codes,
-            slice_s=seconds,
-            rows_run=num_rows,
-            prefill_run=plan.num_prefill_tokens,
+            slice_s=slice_s,
+            rows_run=rows_run,
+            prefill_run=prefill_run,
             logprobs=_even_logprobs(tokens, self._vocab_size),
         )
+
+    def _length(self, plan_row: RowPlan) -> int:
+        row = self._rows.get(plan_row.slot)
+        return row.length if row is not None else 0  # in the middle of its prompt
 
     def _active(self, plan_row: RowPlan, count: int) -> bool:
         row = self._rows.get(plan_row.slot)

@@ -63,9 +63,9 @@ class Sequence:
         del self.made[num_tokens:]
         self.length = self.job.request.prompt.size + len(self.made)
 
-    def tokens(self) -> np.ndarray:
-        """Prompt and output so far, int32 [T]."""
-        prompt = self.job.request.prompt
+    def tokens(self, start: int = 0) -> np.ndarray:
+        """Prompt and output so far, from place `start` of the prompt on, int32 [T]."""
+        prompt = self.job.request.prompt[start:]
         return np.concatenate([prompt, np.array(self.made, np.int32)]) if self.made else prompt
 
 

@@ -19,7 +19,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
-from jaxserve.engine.batch import DECODE, FIELD, IDLE, START, BatchShape, Bucket, split
+from jaxserve.engine.batch import DECODE, FIELD, IDLE, START, BatchShape, split
+from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.plan import Code
 from jaxserve.kernels import sampling
 from jaxserve.kernels.kv_pages import KvPages, write_kv

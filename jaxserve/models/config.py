@@ -164,6 +164,17 @@ SHAPES: Final[dict[str, ModelConfig]] = {
             max_context=2048,
         ),
         ModelConfig(
+            name="llama2-13b",
+            num_layers=40,
+            width=5120,
+            num_heads=40,
+            num_kv_heads=40,
+            head_dim=128,
+            mlp_width=13_824,
+            vocab_size=32_000,
+            max_context=4096,
+        ),
+        ModelConfig(
             name="llama3-8b",
             num_layers=32,
             width=4096,

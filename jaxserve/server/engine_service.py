@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 import grpc
 
 from jaxserve.clock import Clock
+from jaxserve.engine.load_meter import LoadMeter
 from jaxserve.errors import JaxserveError, NotBuilt, NotReady
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
@@ -35,7 +36,7 @@ from jaxserve.server.convert import (
     submit_from_proto,
 )
 from jaxserve.server.kv_events import kv_event_batches
-from jaxserve.server.load import LoadMeter
+from jaxserve.server.load import load_to_proto
 from jaxserve.server.request_log import log_fault
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class EngineService(pb_grpc.ReplicaServicer):
         self._num_received = 0
         self._started_s = clock.now()
         self._changed = asyncio.Event()
-        self._load = LoadMeter(description.replica, page_size=description.server.page_size)
+        self._load = LoadMeter(page_size=description.server.page_size)
 
     # ------------------------------------------------------------------ from the dispatch thread
 
@@ -264,10 +265,11 @@ class EngineService(pb_grpc.ReplicaServicer):
         interval_s = request.interval_s if request.HasField("interval_s") else DEFAULT_INTERVAL_S
         while True:
             statistics = await self._ask(lambda core: core.statistics())
-            report = self._load.report(statistics, now_s=self._clock.now())
-            report.dispatches_received = self._num_received
-            report.draining = self._draining
-            yield report
+            report = self._load.report(
+                statistics, now_s=self._clock.now(), num_received=self._num_received
+            )
+            replica = self._description.replica
+            yield load_to_proto(report, statistics, replica=replica, draining=self._draining)
             if interval_s <= 0:
                 return
             await asyncio.sleep(max(interval_s, LEAST_INTERVAL_S))

@@ -4,13 +4,23 @@ from typing import Final
 
 from jaxserve.flags import Settings
 from jaxserve.schedulers import presets
-from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, SLICINGS, VICTIMS, describe
+from jaxserve.schedulers.catalog import (
+    ADMISSIONS,
+    ORDERS,
+    ROUTINGS,
+    SLICINGS,
+    VICTIMS,
+    describe,
+)
+from jaxserve.schedulers.pool.catalog import POOLS
 
 _KINDS: Final = (
     ("orders: who is next (--order, --order_options)", ORDERS),
     ("admission rules: who fits (--admission, --admission_options)", ADMISSIONS),
     ("slicings: how long a slice runs (--slicing, --slicing_options)", SLICINGS),
     ("victim rules: who gives way when pages run short (--victim)", VICTIMS),
+    ("routing policies: which replica of a fleet (--routing, --routing_options)", ROUTINGS),
+    ("pool planners: over all replicas at once (--pool, --pool_options; simulated)", POOLS),
 )
 
 

@@ -40,8 +40,11 @@ class Work:
 class Workload:
     """Requests by arrival. `requests` starts over with every call and gives the same each time.
 
-    `block_size` 0: nothing is known of shared prefixes. `has_clients`: requests name who sent them.
-    `described` says in words what it is (source, licence, seed, parameters), for the report.
+    `block_size` 0: nothing is known of shared prefixes. `has_clients`: requests name who sent them;
+    `has_sessions`: some belong together, one after the other. `rate` is requests per second on
+    average, 0: not known. `longest_tokens`: no request has more prompt and output tokens together;
+    0: not known. `described` says in words what it is (source, licence, seed, parameters), for the
+    report.
     """
 
     name: str
@@ -49,4 +52,7 @@ class Workload:
     num_requests: int
     block_size: int = 0
     has_clients: bool = False
+    has_sessions: bool = False
+    rate: float = 0.0
+    longest_tokens: int = 0
     described: Mapping[str, str] = field(default_factory=dict)

@@ -3,21 +3,21 @@
     prefill         p1 N L + p2 N + p3 L + p4
     a decode step   d1 N l + d2 N + d3 l + d4      at context length l
 (papers.md 1.2; the form comes from a re-implementation of SCLS, arXiv 2406.13511, the sum over a
-slice is reconstruction.) Fitted to measured points, refined while serving, kept as JSON. Feed it
-the padded N and L that really run, and never a slice that compiled something.
+slice is reconstruction.) Fitted to measured points, or to what another model predicts, and refined
+while serving. Feed it the padded N and L that really run, and never a slice that compiled
+something.
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from .fitted_time import FitError, fit_error
 from .least_squares import RecursiveLeastSquares, fit, fit_not_negative
+from .serving_time import SliceShape
+from .slice_time import SliceTime
 
 Point = tuple[int, int, float]
 """Rows, length and measured seconds."""
@@ -65,57 +65,17 @@ class BilinearTime:
 
 
 @dataclass(frozen=True, slots=True)
-class FitError:
-    """Relative errors on points that were not fitted."""
-
-    mean: float
-    largest: float
-    num_points: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """A fitted model, how far off it is, and what it was measured on: `measured_on` holds such as
-    model, device, precision and versions. `not_negative` says that the plain fit was not usable."""
+class BilinearFit:
+    """A fitted model and how far off it is on points held out; `not_negative` says that the plain
+    fit was not usable."""
 
     time: BilinearTime
     prefill_error: FitError
     decode_error: FitError
     not_negative: bool
-    measured_on: Mapping[str, str]
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Profile":
-        """Raises ValueError naming the file that is missing or holds no profile."""
-        try:
-            return _profile(json.loads(Path(path).read_text()))
-        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"profile: got {str(path)!r} ({what}); allowed: a JSON file with a fitted profile"
-            ) from error
 
 
-def _profile(fields: dict[str, Any]) -> Profile:
-    def bilinear(name: str) -> Bilinear:
-        numbers = {key: float(value) for key, value in fields["time"][name].items()}
-        if not all(map(math.isfinite, numbers.values())):
-            raise ValueError(f"{name} is not finite")
-        return Bilinear(**numbers)
-
-    return Profile(
-        time=BilinearTime(bilinear("prefill"), bilinear("decode")),
-        prefill_error=FitError(**fields["prefill_error"]),
-        decode_error=FitError(**fields["decode_error"]),
-        not_negative=bool(fields["not_negative"]),
-        measured_on={str(key): str(value) for key, value in fields["measured_on"].items()},
-    )
-
-
-def fit_profile(
+def fit_bilinear(
     prefill: Sequence[Point],
     decode: Sequence[Point],
     *,
@@ -123,8 +83,7 @@ def fit_profile(
     held_out_decode: Sequence[Point],
     most_rows: int,
     steps: int,
-    measured_on: Mapping[str, str],
-) -> Profile:
+) -> BilinearFit:
     """Fit both models and judge them on points held out.
 
     Where a slice of `steps` steps would get faster with length for up to `most_rows` rows, both are
@@ -135,12 +94,56 @@ def fit_profile(
     not_negative = not time.grows_with_length(most_rows=most_rows, steps=steps)
     if not_negative:
         time = BilinearTime(_fitted(prefill, fit_not_negative), _fitted(decode, fit_not_negative))
-    return Profile(
+    return BilinearFit(
         time=time,
         prefill_error=_error(time.prefill, held_out_prefill),
         decode_error=_error(time.decode, held_out_decode),
         not_negative=not_negative,
-        measured_on=dict(measured_on),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Static batches: every number of `rows` with every padded length of `lengths`."""
+
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+
+    def places(self) -> list[tuple[int, int]]:
+        return [(rows, length) for rows in self.rows for length in self.lengths]
+
+    def between(self) -> list[tuple[int, int]]:
+        """Places in the middle of four of the grid's, to judge a fit by."""
+        rows = [(a + b) // 2 for a, b in zip(self.rows, self.rows[1:], strict=False)]
+        lengths = [(a + b) // 2 for a, b in zip(self.lengths, self.lengths[1:], strict=False)]
+        return Grid(tuple(sorted(set(rows))), tuple(sorted(set(lengths)))).places()
+
+
+def bilinear_of(slice_time: SliceTime, grid: Grid, *, steps: int = 128) -> BilinearFit:
+    """SCLS's model fitted to what another one predicts for static batches.
+
+    A prefill of N rows padded to L is one step of N L prompt tokens, a decode step at context l
+    what a second step of N such rows adds to a slice. Judged between the places of `grid`.
+    """
+
+    def prefill_s(rows: int, length: int) -> float:
+        attended = rows * length * (length + 1) // 2
+        return slice_time.slice_s(SliceShape(1, rows, 0, rows * length, attended))
+
+    def decode_s(rows: int, length: int) -> float:
+        one, two = (slice_time.slice_s(SliceShape(n, rows, n * rows * length, 0)) for n in (1, 2))
+        return two - one
+
+    def points(seconds: Callable[[int, int], float], places: list[tuple[int, int]]) -> list[Point]:
+        return [(rows, length, seconds(rows, length)) for rows, length in places]
+
+    return fit_bilinear(
+        points(prefill_s, grid.places()),
+        points(decode_s, grid.places()),
+        held_out_prefill=points(prefill_s, grid.between()),
+        held_out_decode=points(decode_s, grid.between()),
+        most_rows=max(grid.rows),
+        steps=steps,
     )
 
 
@@ -153,10 +156,7 @@ def _fitted(
 
 
 def _error(model: Bilinear, points: Sequence[Point]) -> FitError:
-    if not points:
-        raise ValueError("held-out points: got none; allowed: at least one")
-    errors = [abs(model.seconds(rows, length) - s) / s for rows, length, s in points]
-    return FitError(sum(errors) / len(errors), max(errors), len(errors))
+    return fit_error([model.seconds(rows, length) / s - 1 for rows, length, s in points])
 
 
 class RefinedTime:

@@ -2,8 +2,6 @@
 coefficients, and online. Knows no seconds and no slices.
 """
 
-import itertools
-
 import numpy as np
 
 
@@ -25,20 +23,41 @@ def fit(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
 def fit_not_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The same among coefficients that are 0 or more.
 
-    The best such solution is the plain one of the columns that it uses, so all choices of columns
-    are tried: right, and quick for the four that there are.
+    Source: Lawson and Hanson 1974, chapter 23: columns enter one by one, the one that helps most
+    first, and leave when the fit would make them negative.
     """
     count = columns.shape[1]
-    best, least = np.zeros(count), float(values @ values)
-    for used in itertools.product((False, True), repeat=count):
-        if not any(used):
-            continue
-        solution = np.zeros(count)
-        solution[list(used)] = fit(columns[:, list(used)], values)
-        missed = values - columns @ solution
-        if solution.min() >= 0 and missed @ missed < least:
-            best, least = solution, float(missed @ missed)
-    return best
+    fit(columns, values)  # refuses what tells columns apart too little
+    scale = np.abs(columns).max(axis=0)
+    scaled = columns / scale
+    tolerance = 1e-10 * float(np.abs(scaled.T @ values).max(initial=0.0))
+    weights, used = np.zeros(count), np.zeros(count, bool)
+    for _ in range(10 * count):
+        gradient = scaled.T @ (values - scaled @ weights)
+        gradient[used] = -np.inf
+        best = int(np.argmax(gradient))
+        if used.all() or gradient[best] <= tolerance:
+            break
+        used[best] = True
+        weights = _step_inside(scaled, values, weights, used)
+    return weights / scale
+
+
+def _step_inside(
+    columns: np.ndarray, values: np.ndarray, weights: np.ndarray, used: np.ndarray
+) -> np.ndarray:
+    """Move towards the fit of the `used` columns; those that reach zero first are dropped there."""
+    while used.any():
+        wanted = np.zeros_like(weights)
+        wanted[used] = np.linalg.lstsq(columns[:, used], values, rcond=None)[0]
+        falling = used & (wanted <= 0)
+        if not falling.any():
+            return wanted
+        share = (weights[falling] / (weights[falling] - wanted[falling])).min()
+        weights = weights + share * (wanted - weights)
+        used &= weights > 1e-12 * weights.max()
+        weights[~used] = 0.0
+    return weights
 
 
 class RecursiveLeastSquares:
@@ -73,11 +92,11 @@ class RecursiveLeastSquares:
     def observe(self, row: np.ndarray, value: float) -> None:
         """Learn from one point."""
         x = row * self._scale
-        gain = self._covariance @ x / (self._forgetting + x @ self._covariance @ x)
-        self._weights = self._weights + gain * (value - self._weights @ x)
-        self._covariance = (self._covariance - np.outer(gain, x @ self._covariance)) / (
-            self._forgetting
-        )
-        trace = np.trace(self._covariance)
+        spread = self._covariance @ x  # and x @ covariance, which is symmetric
+        gain = spread / (self._forgetting + x @ spread)
+        self._weights += gain * (value - self._weights @ x)
+        self._covariance -= gain[:, None] * spread
+        self._covariance /= self._forgetting
+        trace = self._covariance.trace()
         if trace > self._most_trace:  # forgetting without new directions lets it blow up: bound it
             self._covariance *= self._most_trace / trace

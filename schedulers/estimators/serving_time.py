@@ -16,8 +16,13 @@ from .least_squares import RecursiveLeastSquares
 
 @dataclass(frozen=True, slots=True)
 class SliceShape:
-    """What a slice runs: `attended_tokens` sums the context of each row over the steps, and
-    `prefill_attended_tokens` that of each prompt token, where it is known."""
+    """What a slice runs; `rows` and `prefill_tokens` are those of its program, padding included.
+
+    `attended_tokens` sums the context of each row over the steps, and `prefill_attended_tokens`
+    that of each prompt token, where it is known. A row of n tokens attends to n, n + 1 ... in its
+    decode steps; one whose prompt of n tokens ends in the slice gets its first token from the
+    prompt, without a decode step, and attends to n + 1, n + 2 ... in the others.
+    """
 
     steps: int
     rows: int

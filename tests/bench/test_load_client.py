@@ -19,11 +19,11 @@ from jaxserve.bench.grpc_transport import GrpcTransport
 from jaxserve.bench.http_transport import HttpTransport
 from jaxserve.bench.load_client import LoadClient
 from jaxserve.bench.peers.jaxserve_peer import Server, serving
-from jaxserve.bench.stand_in import ClosedFeed
 from jaxserve.bench.tally import Tally
 from jaxserve.bench.transport import Asking, Transport, read_client_keys
 from jaxserve.errors import ConfigError
 from jaxserve.report.recorder import Recorder
+from jaxserve.report.report import read_report
 from jaxserve.workload.feed import Feed
 from jaxserve.workload.work import Work, Workload
 
@@ -33,10 +33,8 @@ MAX_ROWS, SLICE_STEPS, SLICE_S = 4, 4, 0.05
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    profile = tmp_path_factory.mktemp("bench") / "pace.json"
-    pace = {"slice_s": 0.0, "step_s": SLICE_S / SLICE_STEPS, "row_s": 0.0, "token_s": 0.0}
-    profile.write_text(json.dumps(pace))
+def server(write_profile) -> Iterator[Server]:
+    profile = write_profile("llama-14m", step_s=SLICE_S / SLICE_STEPS)
     flags = [f"--max_rows={MAX_ROWS}", "--slicing=fixed", f"--slice_steps={SLICE_STEPS}"]
     flags += ["--executor=paced", f"--profile={profile}", "--num_pages=256"]
     with serving(flags) as server:
@@ -140,7 +138,8 @@ def test_the_server_says_what_it_is(server):
 def test_a_closed_loop_keeps_so_many_under_way(server):
     works = [work(number, arrival_s=0.0, max_tokens=4) for number in range(9)]
     _, tally, _ = run(
-        lambda: open_transport("grpc", server), ClosedFeed(workload_of(*works), concurrency=3)
+        lambda: open_transport("grpc", server),
+        Feed(workload_of(*works), loop="closed", concurrency=3),
     )
     assert tally.num_done == 9
     rows = tally.rows.values()
@@ -360,25 +359,36 @@ def bench(*arguments: str) -> int:
     return launch.main(["bench", *arguments])
 
 
+SMALL = (
+    "--workload=independent",
+    "--workload_options=prompt=16",
+    "--workload_options=output=8",
+    "--workload_options=clients=2",
+)
+
+
 @pytest.mark.parametrize("api", DIALECTS)
 def test_the_command_reports_repeats(server, api, tmp_path, capfd):
     address = server.target if api == "grpc" else server.url
-    results = tmp_path / "run.json"
     code = bench(
         f"--server={address}",
         f"--api={api}",
+        *SMALL,
         "--num_requests=6",
-        "--output_tokens=4",
         "--rate=30",
-        "--num_clients=2",
         "--repeat=2",
-        f"--json={results}",
+        "--api_key=jsk-secret",
+        f"--json={tmp_path / 'run.json'}",
     )
     out, err = capfd.readouterr()
     assert code == 0 and f"{api} at {address}: llama-14m" in err
     assert out.count("sent 6, answered 6, aborted 0, failed 0, without an end 0") == 2
     assert "over 2 runs" in out and "client lateness: P99" in out
-    assert json.loads(results.read_text())["numbers"]["requests/s"] > 0
+    reports = [read_report(str(tmp_path / name)) for name in ("run.json", "run-2.json")]
+    for report in reports:
+        assert report.about.kind == "live" and report.numbers["completed"] == 6
+        assert not any("jsk-secret" in value for value in report.about.configuration.values())
+    assert "jsk-secret" not in out + err
 
 
 def test_the_sweep_finds_the_knee_of_a_paced_server(server, capfd):
@@ -394,8 +404,7 @@ def test_the_sweep_finds_the_knee_of_a_paced_server(server, capfd):
         "--sweep_tolerance=1",
         "--slo_ttft_ms=400",
         "--grace_s=0.5",
-        "--output_tokens=8",
-        "--num_requests=1000",
+        *SMALL,
     )
     out, err = capfd.readouterr()
     assert code == 0 and "20 requests/s: keeps up" in err
@@ -414,6 +423,8 @@ def test_the_sweep_finds_the_knee_of_a_paced_server(server, capfd):
         (["--sweep_from=9", "--sweep_to=3"], "sweep_to: got 3.0; allowed: sweep_from (9) or more"),
         (["--against=luck"], "against: got 'luck'; allowed: simulate, or empty"),
         (["--client_keys=/no/file"], "client_keys: got '/no/file' ("),
+        (["--sweep", "--loop=closed", "--concurrency=2"], "sweep: got true; allowed: false with"),
+        (["--json=/no/where/x.json"], "json: got '/no/where/x.json'; allowed: a file in a"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, message, capfd):

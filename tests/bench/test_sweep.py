@@ -6,9 +6,13 @@ import math
 import pytest
 
 from jaxserve.bench.repeats import interval, repeat_table, run_numbers
-from jaxserve.bench.sweep import Limits, Point, find_knee, judge
+from jaxserve.bench.sweep import Point, find_knee, judge, meets
 from jaxserve.bench.tally import Tally
 from jaxserve.bench.transport import Ending
+from jaxserve.report.measure import MeasureOptions, measure
+from jaxserve.report.options import Limits
+from jaxserve.report.recorder import Recorder
+from jaxserve.report.report import About
 from jaxserve.workload.work import Work
 
 SERVICE_S, TOKENS, WARM_UP_S, WINDOW_S = 0.05, 2, 1.0, 10.0
@@ -91,10 +95,10 @@ def test_a_sweep_cut_short_says_what_it_has():
 def test_failed_answers_meet_no_limit():
     tally = serve_at(10.0)
     row = tally.rows[100]
-    assert Limits().met(row) and Limits(e2e_s=0.051, tpot_s=0.026).met(row)
-    assert not Limits(tpot_s=0.024).met(row)
+    assert meets(row, Limits()) and meets(row, Limits(e2e_s=0.051, tpot_s=0.026))
+    assert not meets(row, Limits(tpot_s=0.024))
     row.reason = "refused"
-    assert not Limits().met(row)
+    assert not meets(row, Limits())
 
 
 def test_lateness_beyond_the_bound_is_warned_of():
@@ -111,8 +115,15 @@ def test_repeats_give_mean_and_interval():
     mean, half = interval([10.0, 12.0, 14.0])
     assert mean == 12.0 and half == pytest.approx(4.303 * 2.0 / math.sqrt(3))
     assert interval([5.0]) == (5.0, math.inf)
-    numbers = run_numbers(serve_at(10.0), Limits(ttft_s=1.0))
-    assert numbers["TPOT ms mean"] == pytest.approx(25.0)  # (E2E - TTFT) / (tokens - 1)
-    assert numbers["TTFT ms P99"] == pytest.approx(25.0) and numbers["good %"] == 100.0
+    recorder = Recorder()
+    for row in serve_at(10.0).rows.values():
+        recorder.sent(row.work, row.due_s)
+        recorder.delivered(row.work.number, row.first_s, 1)
+        recorder.delivered(row.work.number, row.last_s, 1)
+        recorder.ended(row.work.number, row.ended_s, row.reason, 0)
+    limits = MeasureOptions(limits=Limits(ttft_s=1.0))
+    numbers = run_numbers(measure(recorder, About(kind="live"), limits))
+    assert numbers["tpot_s mean"] == pytest.approx(0.025) and numbers["goodput_share"] == 1.0
+    assert numbers["ttft_s p99"] == pytest.approx(0.025)
     lines = list(repeat_table([numbers, numbers]))
     assert len(lines) == 1 + len(numbers)

@@ -13,7 +13,7 @@ from jaxserve.engine.batch import (
     Packer,
     split,
 )
-from jaxserve.engine.jax_executor import make_buckets, row_buckets, tile_buckets
+from jaxserve.engine.buckets import make_buckets, row_buckets, tile_buckets
 from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan
 from jaxserve.request import SamplingParams
 

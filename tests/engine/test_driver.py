@@ -72,12 +72,11 @@ def test_requests_are_served_and_refusals_reported() -> None:
     driver.stop()
 
 
-def test_an_abort_reaches_a_running_request(tmp_path: Path) -> None:
+def test_an_abort_reaches_a_running_request(write_profile) -> None:
     reports = Reports()
-    profile = tmp_path / "pace.json"
-    profile.write_text('{"slice_s": 0.001, "step_s": 0.005, "row_s": 0, "token_s": 0}')
+    profile = write_profile("tiny", step_s=0.005)
     scheduler = SchedulerConfig(slicing="fixed", slice_steps=2)
-    driver = start(reports, executor="paced", profile=str(profile), scheduler=scheduler)
+    driver = start(reports, executor="paced", profile=profile, scheduler=scheduler)
     driver.submit(request("long", tokens=3))
     driver.abort("long")
     assert reports.finished.get(timeout=10).finish is FinishReason.ABORT

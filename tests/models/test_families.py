@@ -15,7 +15,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.engine.batch import BatchShape, Bucket
+from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.compile_count import CompileCount
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig

@@ -10,7 +10,7 @@ from jaxserve import flag_table, flags, launch
 from jaxserve.config import EngineConfig, PresetConfig
 from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
-from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, SLICINGS, VICTIMS
+from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, ROUTINGS, SLICINGS, VICTIMS
 from jaxserve.schedulers.presets import PRESETS
 from jaxserve.server_config import ConvertConfig, GenerateConfig, LogConfig, ServerConfig
 
@@ -201,7 +201,8 @@ def test_values_are_judged_by_the_records(arguments, message):
 def test_policies_are_listed_with_their_parameters(capsys):
     assert launch.main(["policies"]) == 0
     out = capsys.readouterr().out
-    for name in (*ORDERS, *ADMISSIONS, *SLICINGS, *VICTIMS, *PRESETS):
+    every = (*ORDERS, *ADMISSIONS, *SLICINGS, *VICTIMS, *ROUTINGS, *PRESETS)
+    for name in every:
         assert f"\n{name}" in out
     assert "never_preempts" in out and "min_samples=16" in out and "--slicing=sequence" in out
     assert "quantum=8192.0" in out and "reconstruction" in out and "bounded_service_gap" in out
@@ -213,6 +214,7 @@ def test_policies_are_listed_with_their_parameters(capsys):
         (["serve", "--order=lifo"], "jaxserve: order: got 'lifo'; allowed: fcfs, priority, "),
         (["generate", "--prompt=x", "--api_key=k"], "jaxserve: --api_key is for a server; leave"),
         (["serve", "--preset=scls"], "jaxserve: preset: got 'scls'; allowed: default, sls, ils, "),
+        (["serve", "--preset=d2lpm"], "jaxserve: preset: got 'd2lpm'; allowed: default, sls, "),
         (["serv"], "jaxserve: unknown command 'serv'; did you mean serve?\n"),
         (["generate"], "jaxserve: prompt: got '' and token_ids ''; allowed: exactly one"),
         (

@@ -108,10 +108,9 @@ def run_jaxserve(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def paced(tmp_path):
+def paced(write_profile):
     """Flags for an engine that makes a token in 10 ms."""
-    profile = tmp_path / "pace.json"
-    profile.write_text(json.dumps({"slice_s": 0.0, "step_s": 0.01, "row_s": 0.0, "token_s": 0.0}))
+    profile = write_profile("llama-14m", step_s=0.01)
     return "--executor=paced", f"--profile={profile}", "--slicing=fixed", "--slice_steps=5"
 
 

@@ -121,7 +121,8 @@ async def run_once(
 def decode_alone(rows: int, context: int, *, steps: int = 32, repeats: int = 5) -> float:
     """Greedy tokens/s of slices of `steps` steps, all rows around `context` tokens; the best."""
     from jaxserve.config import CacheConfig
-    from jaxserve.engine.batch import BatchShape, Bucket
+    from jaxserve.engine.batch import BatchShape
+    from jaxserve.engine.buckets import Bucket
     from jaxserve.engine.build import TILE
     from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from jaxserve.schedulers.estimators.bilinear import (
     Bilinear,
+    BilinearFit,
     BilinearTime,
-    Profile,
     RefinedTime,
-    fit_profile,
+    fit_bilinear,
 )
 
 EXAMPLE = BilinearTime(Bilinear(1.0, 2.0, 3.0, 10.0), Bilinear(1.0, 1.0, 2.0, 5.0))
@@ -31,15 +31,14 @@ def measured(model: Bilinear, places, *, noise: float = 0.0) -> list[tuple[int, 
     ]
 
 
-def fitted(time: BilinearTime, *, noise: float = 0.0, places=GRID) -> Profile:
-    return fit_profile(
+def fitted(time: BilinearTime, *, noise: float = 0.0, places=GRID) -> BilinearFit:
+    return fit_bilinear(
         measured(time.prefill, places, noise=noise),
         measured(time.decode, places, noise=noise),
         held_out_prefill=measured(time.prefill, BETWEEN),
         held_out_decode=measured(time.decode, BETWEEN),
         most_rows=16,
         steps=16,
-        measured_on={"model": "tiny", "device": "cpu", "precision": "float32"},
     )
 
 
@@ -57,21 +56,21 @@ def test_the_worked_example(rows: int, length: int) -> None:
 
 
 def test_a_fit_finds_the_coefficients() -> None:
-    profile = fitted(TRUTH)
+    fit = fitted(TRUTH)
     for part in ("prefill", "decode"):
-        found, true = (getattr(time, part) for time in (profile.time, TRUTH))
+        found, true = (getattr(time, part) for time in (fit.time, TRUTH))
         assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(true), rel=1e-6)
-    assert not profile.not_negative
-    assert profile.prefill_error.largest < 1e-6 and profile.prefill_error.num_points == 6
+    assert not fit.not_negative
+    assert fit.prefill_error.largest < 1e-6 and fit.prefill_error.num_points == 6
 
 
 def test_a_fit_of_noisy_points_says_how_far_off_it_is() -> None:
-    profile = fitted(TRUTH, noise=0.05)
+    fit = fitted(TRUTH, noise=0.05)
     for error, model in (
-        (profile.prefill_error, profile.time.prefill),
-        (profile.decode_error, profile.time.decode),
+        (fit.prefill_error, fit.time.prefill),
+        (fit.decode_error, fit.time.decode),
     ):
-        true = TRUTH.prefill if model is profile.time.prefill else TRUTH.decode
+        true = TRUTH.prefill if model is fit.time.prefill else TRUTH.decode
         off = [abs(model.seconds(*at) / true.seconds(*at) - 1) for at in BETWEEN]
         assert error.mean == pytest.approx(np.mean(off)) and error.largest == pytest.approx(
             max(off)
@@ -82,10 +81,10 @@ def test_a_fit_of_noisy_points_says_how_far_off_it_is() -> None:
 def test_what_falls_with_length_is_fitted_again_without_negative_coefficients() -> None:
     falling = BilinearTime(Bilinear(0.0, 1e-4, -1e-6, 1e-2), Bilinear(0.0, 1e-5, -1e-7, 2e-3))
     assert not falling.grows_with_length(most_rows=16, steps=16)
-    profile = fitted(falling)
-    assert profile.not_negative and profile.time.grows_with_length(most_rows=16, steps=16)
-    assert min(*dataclasses.astuple(profile.time.prefill), profile.time.decode.length) >= 0
-    assert profile.time.prefill.rows == pytest.approx(1e-4, rel=0.2)
+    fit = fitted(falling)
+    assert fit.not_negative and fit.time.grows_with_length(most_rows=16, steps=16)
+    assert min(*dataclasses.astuple(fit.time.prefill), fit.time.decode.length) >= 0
+    assert fit.time.prefill.rows == pytest.approx(1e-4, rel=0.2)
 
 
 def test_growth_is_judged_at_both_ends() -> None:
@@ -109,17 +108,16 @@ def test_points_that_say_too_little_are_refused(places) -> None:
         fitted(TRUTH, places=places)
 
 
-def test_a_profile_needs_held_out_points() -> None:
+def test_a_fit_needs_held_out_points() -> None:
     points = measured(TRUTH.prefill, GRID)
-    with pytest.raises(ValueError, match="held-out points: got none"):
-        fit_profile(
+    with pytest.raises(ValueError, match="to judge a fit by: got none"):
+        fit_bilinear(
             points,
             points,
             held_out_prefill=[],
             held_out_decode=points,
             most_rows=4,
             steps=4,
-            measured_on={},
         )
 
 
@@ -143,21 +141,3 @@ def test_refining_keeps_to_models_that_grow() -> None:
     for length in (800, 50) * 50:  # twice as long takes half the time, it is told
         refined.observe(4, length, 16, 1.0 / length)
         assert refined.time.grows_with_length(most_rows=16, steps=16)
-
-
-def test_a_profile_comes_back_from_its_file(tmp_path) -> None:
-    profile = fitted(TRUTH, noise=0.05)
-    profile.save(tmp_path / "profile.json")
-    assert Profile.load(tmp_path / "profile.json") == profile
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"time": {"prefill": {"rows": 1}}}'])
-def test_a_file_that_holds_no_profile_is_named(text: str, tmp_path) -> None:
-    path = tmp_path / "profile.json"
-    path.write_text(text)
-    with pytest.raises(
-        ValueError, match=r"(?s)profile: got '.*profile.json' .*; allowed: a JSON file"
-    ):
-        Profile.load(path)
-    with pytest.raises(ValueError, match="FileNotFoundError"):
-        Profile.load(tmp_path / "missing.json")

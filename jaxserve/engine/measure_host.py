@@ -1,0 +1,121 @@
+"""What a slice costs its host beside the device's time: from the core alone, or from a live log.
+
+The core alone plans, parses and reports for a scripted device; a live server also has sockets, a
+front end and clients, and on a machine with few cores they take time from everything.
+"""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.build import core_config
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.event_log import plan_from_json, read_events
+from jaxserve.engine.plan import SlicePlan
+from jaxserve.engine.scripted import Pace, ScriptedExecutor
+from jaxserve.engine.slice_shape import slice_shape
+from jaxserve.models.config import ModelConfig
+from jaxserve.request import Request, SamplingParams
+from jaxserve.schedulers.estimators.fitted_time import Measured
+from jaxserve.schedulers.estimators.serving_time import SliceShape
+
+LiveSlice = tuple[SliceShape, float, float]
+"""What ran, the device's seconds as logged, and the seconds since the last slice's end."""
+
+
+def measure_core(
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    num_pages: int,
+    pace: Pace,
+    num_requests: int = 200,
+) -> list[Measured]:
+    """Seconds of the core's work around each slice of a made-up run: planning, parsing, reporting.
+
+    Packing is not among them: it is part of the slice's own time.
+    """
+    core = EngineCore(core_config(config, model, num_pages))
+    executor = ScriptedExecutor(
+        vocab_size=model.vocab_size, pace=pace, now=lambda: 0.0, sleep=lambda _: None
+    )
+    requests = _requests(model, num_requests)
+    points: list[Measured] = []
+    flights: deque[tuple[SlicePlan, Any]] = deque()
+    now_s, host_s = 0.0, 0.0
+    while requests or not core.idle:
+        while requests and len(core.jobs) < config.scheduler.max_rows:
+            core.submit(requests.pop(), now_s)
+        began_s = time.perf_counter()
+        plan = core.next_slice(now_s)
+        host_s += time.perf_counter() - began_s
+        if plan is not None:
+            flights.append((plan, executor.dispatch(plan)))
+            continue
+        _, ticket = flights.popleft()
+        result = executor.wait(ticket)
+        now_s += result.slice_s
+        began_s = time.perf_counter()
+        core.complete(result, now_s)
+        core.take_deltas()
+        host_s += time.perf_counter() - began_s
+        shape = SliceShape(result.steps_run, result.rows_run, 0, result.prefill_run)
+        points.append((shape, host_s))
+        host_s = 0.0
+    return points
+
+
+def _requests(model: ModelConfig, count: int) -> list[Request]:
+    """Prompts and outputs of all lengths up to a third of the context."""
+    rng, most = np.random.default_rng(0), model.max_context // 3
+    requests = []
+    for number in range(count):
+        prompt = rng.integers(0, model.vocab_size, int(rng.integers(1, most))).astype(np.int32)
+        params = SamplingParams(max_tokens=int(rng.integers(1, most)), ignore_eos=True, seed=0)
+        requests.append(Request(request_id=str(number), prompt=prompt, params=params))
+    return requests
+
+
+def read_live(path: str | Path) -> list[LiveSlice]:
+    """The slices of an event log that followed another one without a pause.
+
+    Raises ConfigError for a file that is no event log.
+    """
+    flights: deque[SlicePlan] = deque()
+    lengths: dict[int, int] = {}
+    slices: list[LiveSlice] = []
+    last_s: float | None = None
+    for event in read_events(path):
+        if event["event"] == "slice" and event["plan"] is not None:
+            flights.append(plan_from_json(event["plan"]))
+        elif event["event"] == "slice" and not flights:
+            last_s = None  # nothing to do: the next slice waited for a request, not for the host
+        elif event["event"] == "complete":
+            result, plan = event["result"], flights.popleft()
+            shape = _shape(plan, result, lengths)
+            if last_s is not None:
+                slices.append((shape, result["slice_s"], event["now_s"] - last_s))
+            last_s = event["now_s"]
+    return slices
+
+
+def _shape(plan: SlicePlan, result: dict[str, Any], lengths: dict[int, int]) -> SliceShape:
+    """What a logged slice ran as; `lengths`, by slot, are brought to its end."""
+    for row in plan.rows:
+        if row.start is not None:
+            lengths[row.slot] = row.start.prompt.size + len(row.start.made)
+    shape = slice_shape(
+        plan,
+        lengths=[lengths.get(row.slot, 0) for row in plan.rows],
+        counts=result["counts"],
+        steps_run=result["steps_run"],
+        rows_run=result["rows_run"],
+        prefill_run=result["prefill_run"],
+    )
+    for row, count in zip(plan.rows, result["counts"], strict=True):
+        lengths[row.slot] = lengths.get(row.slot, 0) + count
+    return shape

@@ -1,0 +1,51 @@
+"""When a replica's host next takes commands and plans: what its own work takes, in virtual time."""
+
+import enum
+from typing import Final, Protocol, runtime_checkable
+
+from jaxserve.engine.plan import SlicePlan
+from jaxserve.schedulers.estimators.serving_time import SliceShape
+from jaxserve.schedulers.estimators.slice_time import SliceTime
+
+PARSE_SHARE: Final = 0.4
+"""Of the host's work around a slice, what comes before it takes commands again: parsing."""
+WAKE_S: Final = 1e-4
+"""From a command to a dispatch thread that had nothing to do."""
+
+
+class After(enum.Enum):
+    """What the host has just done."""
+
+    IDLE = "idle"
+    PARSE = "parse"
+    DISPATCH = "dispatch"
+
+
+@runtime_checkable
+class Host(Protocol):
+    """The host of one replica."""
+
+    def turn_s(self, now_s: float, after: After, plan: SlicePlan | None) -> float:
+        """When it next takes commands; `plan` is the slice that was parsed or dispatched."""
+        ...
+
+    def host_s(self, number: int, worked_s: float) -> float:
+        """What it says of its work around a slice, having worked so long in virtual time."""
+        ...
+
+
+class ModelledHost:
+    """Takes what a serving-time model says."""
+
+    def __init__(self, time: SliceTime):
+        self._time = time
+
+    def turn_s(self, now_s: float, after: After, plan: SlicePlan | None) -> float:
+        if plan is None:
+            return now_s + WAKE_S
+        work = SliceShape(plan.steps, len(plan.rows), 0, plan.num_prefill_tokens)
+        share = PARSE_SHARE if after is After.PARSE else 1 - PARSE_SHARE
+        return now_s + share * self._time.host_s(work)
+
+    def host_s(self, number: int, worked_s: float) -> float:
+        return worked_s

@@ -1,0 +1,174 @@
+"""The `modelled` executor: virtual time from a model, tokens that say only whose they are.
+
+Limits, ends and quorum are those of the slice program; how long each output is was told
+beforehand, as the device's secret: no policy hears of it before the token that ends it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.clock import Clock
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.plan import Code, RowStart, SlicePlan, SliceResult
+from jaxserve.schedulers.estimators.serving_time import SliceShape
+from jaxserve.schedulers.estimators.slice_time import SliceTime
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What samples will make, by their seed: where each ends (tokens of prompt and output), and its
+    tokens where somebody cares."""
+
+    end_length: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Row:
+    """What the device holds of a row."""
+
+    length: int
+    end: int
+    stops: bool  # it ends by itself, not at its limit
+    token: int
+    tokens: Sequence[int] | None
+    prompt: int
+    fresh: bool = True  # its first token comes from the prompt, without a decode step
+    done: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class ModelledSlice:
+    """A ticket: the slice's result, and when the device begins it and is done with it."""
+
+    result: SliceResult
+    shape: SliceShape
+    begin_s: float
+    ready_s: float
+    output_tokens: int
+
+
+class ModelledExecutor:
+    """Runs slices one after the other in virtual time.
+
+    `wait` may be called once `clock` shows the slice's `ready_s`. Programs come in `buckets`, whose
+    padding takes time as on a real device.
+    """
+
+    def __init__(
+        self,
+        time: SliceTime,
+        outputs: Outputs,
+        clock: Clock,
+        *,
+        buckets: Buckets,
+        vocab_size: int,
+    ):
+        self._time, self._outputs, self._clock = time, outputs, clock
+        self._buckets, self._vocab_size = buckets, vocab_size
+        self._rows: dict[int, _Row] = {}
+        self._busy_until_s = 0.0
+
+    def dispatch(self, plan: SlicePlan) -> ModelledSlice:
+        result, shape, made = self._run(plan)
+        begin_s = max(self._busy_until_s, self._clock.now())
+        self._busy_until_s = begin_s + result.slice_s
+        return ModelledSlice(result, shape, begin_s, self._busy_until_s, made)
+
+    def wait(self, ticket: ModelledSlice) -> SliceResult:
+        assert self._clock.now() >= ticket.ready_s, "the slice is still running"
+        return ticket.result
+
+    def _run(self, plan: SlicePlan) -> tuple[SliceResult, SliceShape, int]:
+        num_rows = len(plan.rows)
+        rows: list[_Row | None] = [None] * num_rows
+        may = [0] * num_rows
+        ends: list[int] = []
+        chunk_tokens: list[int] = []
+        chunk_attended = 0
+        state = self._rows
+        for place, each in enumerate(plan.rows):
+            chunk, start = each.chunk, each.start
+            if chunk is not None:
+                size = chunk.tokens.size
+                chunk_tokens.append(size)
+                chunk_attended += size * chunk.start + size * (size + 1) // 2
+                if start is None:
+                    continue
+                state[each.slot] = self._started(start)
+            row = state[each.slot]
+            if row.done:
+                continue
+            rows[place] = row
+            most = min(each.steps, each.cover - row.length + 1)
+            left = row.end - row.length
+            if left <= most:
+                most = left
+                ends.append(left)
+            may[place] = most
+        steps = max(may, default=0)
+        if len(ends) >= plan.quorum:
+            ends.sort()
+            steps = min(steps, ends[plan.quorum - 1])
+        steps_run = max(steps, 1)  # prompts alone are one step
+        return self._result(plan, rows, may, steps_run, chunk_tokens, chunk_attended)
+
+    def _started(self, start: RowStart) -> _Row:
+        length = start.prompt.size + len(start.made)
+        end = self._outputs.end_length.get(start.seed, start.max_length)
+        return _Row(
+            length=length,
+            end=min(end, start.max_length),
+            stops=end < start.max_length,
+            token=start.seed % self._vocab_size,
+            tokens=self._outputs.tokens.get(start.seed),
+            prompt=start.prompt.size,
+        )
+
+    def _result(
+        self,
+        plan: SlicePlan,
+        rows: list[_Row | None],
+        may: list[int],
+        steps_run: int,
+        chunk_tokens: list[int],
+        chunk_attended: int,
+    ) -> tuple[SliceResult, SliceShape, int]:
+        num_rows = len(rows)
+        counts, codes, first = [0] * num_rows, [0] * num_rows, [0] * num_rows
+        tokens = np.empty((steps_run, num_rows), np.int32)
+        made = attended = 0
+        for place, row in enumerate(rows):
+            if row is None:
+                continue
+            count = counts[place] = may[place] if may[place] < steps_run else steps_run
+            decode_steps = count - 1 if row.fresh and count else count
+            attended += decode_steps * row.length + count * (count - 1) // 2
+            row.fresh = False
+            first[place] = row.token
+            if row.tokens is not None:
+                at = row.length - row.prompt
+                tokens[:count, place] = row.tokens[at : at + count]
+            row.length += count
+            made += count
+            if row.length >= row.end:
+                row.done = True
+                codes[place] = Code.STOP if row.stops else Code.LENGTH
+        if not self._outputs.tokens:
+            tokens[:] = first
+        bucket = self._buckets.smallest(num_rows, chunk_tokens)
+        rows_run, prefill_run = bucket.rows, bucket.tiles * self._buckets.tile
+        shape = SliceShape(steps_run, rows_run, attended, prefill_run, chunk_attended)
+        result = SliceResult(
+            number=plan.number,
+            steps_run=steps_run,
+            tokens=tokens,
+            counts=np.array(counts, np.int32),
+            codes=np.array(codes, np.int32),
+            slice_s=self._time.slice_s(shape),
+            rows_run=rows_run,
+            prefill_run=prefill_run,
+        )
+        return result, shape, made
