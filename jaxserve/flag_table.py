@@ -7,7 +7,7 @@ records, and every flag has a reader by construction. A command's flags are a tu
 import dataclasses
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +15,10 @@ from typing import Any, Final
 from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
 from jaxserve.report.config import OutputConfig, ReportConfig
 from jaxserve.request import SamplingParams
-from jaxserve.schedulers.catalog import SLICINGS, VICTIMS
+from jaxserve.schedulers.catalog import ROUTINGS, SLICINGS, VICTIMS
 from jaxserve.schedulers.estimators.roofline_time import DEVICES
-from jaxserve.schedulers.presets import PRESETS, fill_preset
+from jaxserve.schedulers.pool.catalog import POOLS
+from jaxserve.schedulers.presets import PRESETS, fill_fleet_preset, fill_preset
 from jaxserve.server_config import (
     AGAINST,
     BENCH_APIS,
@@ -33,10 +34,14 @@ from jaxserve.server_config import (
     ProfileConfig,
     ServerConfig,
 )
+from jaxserve.sim_config import SimConfig
 from jaxserve.workload.config import TOO_LONG, WorkloadConfig
 from jaxserve.workload.feed import LOOPS
 from jaxserve.workload.generators import GENERATORS
 from jaxserve.workload.readers import CLIENT_FROM, FORMATS
+
+Fill = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+"""fill(a value, values that were chosen) gives the values it stands for, by flag name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Flag:
     help: str
     choices: tuple[str, ...] = ()
     make_default: Callable[[], Any] | None = None
-    fill: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    fill: Fill | None = None
 
     @property
     def kind(self) -> Any:
@@ -107,6 +112,10 @@ def _workload(name: str, path: str, text: str, choices: tuple[str, ...] = ()) ->
     return Flag(name, WorkloadConfig, path, text, choices)
 
 
+def _sim(name: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, SimConfig, name, text, choices)
+
+
 def _output(name: str, text: str) -> Flag:
     return Flag(name, OutputConfig, name, text)
 
@@ -144,33 +153,61 @@ MEMORY: Final = Group(
         _engine("prefix_scope", "cache.prefix_scope", "who shares prefixes", PREFIX_SCOPES),
     ),
 )
+
+
+def _preset(names: Iterable[str], fill: Fill) -> Flag:
+    text = "policies under one name; flags beside it win"
+    return Flag("preset", PresetConfig, "preset", text, tuple(names), fill=fill)
+
+
+_POLICIES: Final = (
+    _order("order", "who is next; `jaxserve policies` lists the orders"),
+    _order("order_options", "parameter=value of the order; repeatable"),
+    _order("admission", "who fits; `jaxserve policies` lists the rules"),
+    _order("admission_options", "parameter=value of the admission rule; repeatable"),
+    _order("slicing", "how long a slice runs", tuple(SLICINGS)),
+    _order("slicing_options", "parameter=value of the slicing; repeatable"),
+    _order("victim", "who gives way when pages run short", tuple(VICTIMS)),
+    _order("slice_steps", "steps of a fixed slice, most steps of an adaptive one"),
+    _order("max_rows", "most sequences that run at once"),
+    _order("max_prefill_tokens", "most prompt tokens a slice takes in"),
+    _order("max_gap_ms", "most time between a stream's messages; 0: unbounded"),
+    _order("watermark_pages", "pages that admission leaves free"),
+    _order("max_waiting", "most requests in the queue"),
+    _order("max_waiting_tokens", "most prompt tokens in the queue"),
+    _order("queue_timeout_s", "longest wait in the queue; 0: unbounded"),
+    _order("overlap", "dispatch the next slice before the last is read"),
+)
 SCHEDULING: Final = Group(
     "scheduling",
     (
-        Flag(
-            "preset",
-            PresetConfig,
-            "preset",
-            "policies under one name; flags beside it win",
-            tuple(PRESETS),
-            fill=fill_preset,
-        ),
-        _order("order", "who is next; `jaxserve policies` lists the orders"),
-        _order("order_options", "parameter=value of the order; repeatable"),
-        _order("admission", "who fits; `jaxserve policies` lists the rules"),
-        _order("admission_options", "parameter=value of the admission rule; repeatable"),
-        _order("slicing", "how long a slice runs", tuple(SLICINGS)),
-        _order("slicing_options", "parameter=value of the slicing; repeatable"),
-        _order("victim", "who gives way when pages run short", tuple(VICTIMS)),
-        _order("slice_steps", "steps of a fixed slice, most steps of an adaptive one"),
-        _order("max_rows", "most sequences that run at once"),
-        _order("max_prefill_tokens", "most prompt tokens a slice takes in"),
-        _order("max_gap_ms", "most time between a stream's messages; 0: unbounded"),
-        _order("watermark_pages", "pages that admission leaves free"),
-        _order("max_waiting", "most requests in the queue"),
-        _order("max_waiting_tokens", "most prompt tokens in the queue"),
-        _order("queue_timeout_s", "longest wait in the queue; 0: unbounded"),
-        _order("overlap", "dispatch the next slice before the last is read"),
+        _preset([name for name in PRESETS if not PRESETS[name].only_fleet], fill_preset),
+        *_POLICIES,
+    ),
+)
+FLEET_SCHEDULING: Final = Group("scheduling", (_preset(PRESETS, fill_fleet_preset), *_POLICIES))
+SIMULATED_MEMORY: Final = Group(
+    "memory", tuple(flag for flag in MEMORY.flags if flag.name != "kv_memory_fraction")
+)
+SIMULATION: Final = Group(
+    "simulated fleet",
+    (
+        _sim("profile", "serving-time profile of the devices: a name or a file"),
+        _sim("noise", "scatter of slice times, as a share of the profile's; 0: none"),
+        _sim("max_context", "longest prompt and output; 0: as the profile's model"),
+        _sim("replicas", "how many"),
+        _sim("routing", "which replica gets a request", tuple(ROUTINGS)),
+        _sim("routing_options", "parameter=value of it; repeatable"),
+        _sim("pool", "planner over all replicas instead of routing", ("", *POOLS)),
+        _sim("pool_options", "parameter=value of it; repeatable"),
+        _sim("blind", "run policies whose prefixes or clients the workload lacks"),
+        _sim("fail", "replica:seconds[:seconds it is back]; repeatable"),
+        _sim("report_s", "time between load reports of a replica"),
+        _sim("cache_event_s", "how late the router hears of a cache's changes"),
+        _sim("cache_event_loss", "share of them it never hears of"),
+        _sim("submit_s", "way of a request from client to replica"),
+        _sim("deliver_s", "way of its tokens back"),
+        _sim("seed", "of noise and losses"),
     ),
 )
 SERVER: Final = Group(

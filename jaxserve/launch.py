@@ -54,6 +54,18 @@ COMMANDS: Final = {
         "jaxserve bench --server=127.0.0.1:8470 --rate=8 --html=run.html",
         (table.BENCH, table.SWEEP, table.WORKLOAD, table.OUTPUT),
     ),
+    "simulate": Command(
+        "run a workload on simulated replicas, and report what clients would see",
+        "jaxserve.sim.command",
+        "jaxserve simulate --workload=fair_mix --rate=120 --preset=d2lpm --replicas=8",
+        (
+            table.WORKLOAD,
+            table.SIMULATION,
+            table.SIMULATED_MEMORY,
+            table.FLEET_SCHEDULING,
+            table.OUTPUT,
+        ),
+    ),
     "report": Command(
         "show runs of simulate and bench side by side, or one again",
         "jaxserve.report.command",

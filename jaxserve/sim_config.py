@@ -47,8 +47,9 @@ class SimConfig:
     `profile` names, or is the file of, the serving-time profile of their devices; `noise` times its
     spread scatters slice times (0: they are what is predicted). `max_context` bounds prompt and
     output of a request, 0: as the profile's model does. `routing` and `routing_options` choose a
-    request's replica. `blind` lets policies run on a workload that lacks what they need, prefixes
-    or clients. `fail` are outages, as `Outage.parse` takes them.
+    request's replica, unless `pool` and `pool_options` plan over all of them. `blind` lets policies
+    run on a workload that lacks what they need, prefixes or clients. `fail` are outages, as
+    `Outage.parse` takes them.
 
     `report_s` is the time between load reports. `cache_event_s` is how late the router hears of a
     cache's changes, `cache_event_loss` the share of such messages it never hears of. `submit_s` is
@@ -62,6 +63,8 @@ class SimConfig:
     replicas: int = 1
     routing: str = "round_robin"
     routing_options: tuple[str, ...] = ()
+    pool: str = ""
+    pool_options: tuple[str, ...] = ()
     blind: bool = False
     fail: tuple[str, ...] = ()
     report_s: float = 1.0

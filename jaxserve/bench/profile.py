@@ -67,7 +67,7 @@ def _measured(
     config: ProfileConfig, engine: EngineConfig, display: ProgressDisplay, console: Console
 ) -> Profile:
     """Build what serving builds, measure it, and say what was done."""
-    from jaxserve.engine.build import build_jax
+    from jaxserve.engine.build import build_jax, serving_buckets
     from jaxserve.engine.measure_host import read_live
     from jaxserve.engine.measured_profile import live_error, measure_profile, with_live_host
 
@@ -76,7 +76,12 @@ def _measured(
     load_s = os.getloadavg()[0]
     executor, info, _ = build_jax(engine, source, load_model_config(source), display.show)
     done = measure_profile(
-        engine, executor, info, seconds=60 * config.minutes, progress=display.show
+        engine,
+        executor,
+        info,
+        buckets=serving_buckets(engine),
+        seconds=60 * config.minutes,
+        progress=display.show,
     )
     display.close()
     console.print(
@@ -84,9 +89,7 @@ def _measured(
         f" of {info.programs} programs, page size {info.page_size}; load before {load_s:.1f}"
     )
     profile = done.profile
-    if config.live_log:
-        if len(live) < 10:
-            raise ConfigError(f"live_log: got {len(live)} slices in a row; allowed: 10 or more")
+    if live:
         _say(console, "live slices, device", live_error(profile, live))
         profile = with_live_host(profile, live)
     if profile.spread > NOISY:

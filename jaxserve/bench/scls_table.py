@@ -7,13 +7,13 @@ sheet numbers; nothing here was measured on one.
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from jaxserve.report.recorder import Recorder
-from jaxserve.schedulers.estimators.bilinear import Profile, fit_profile
+from jaxserve.schedulers.estimators.bilinear import BilinearFit, fit_bilinear
 from jaxserve.schedulers.estimators.memory import KvMemory
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.sim.capped_ils import IlsConfig, simulate_ils
@@ -27,6 +27,9 @@ MOST_OUTPUT: Final = 1024
 SLICE_LENS: Final = (16, 32, 64, 128, 256, 512, 1024)
 STEPS: Final = ("so", "pm", "ab", "lb")
 ZETA: Final = 0.9
+Arrival = tuple[float, int, int]
+"""Of a trace: seconds, prompt tokens, output tokens."""
+
 PUBLISHED: Final = "+315.8 % at most over SLS and ILS (arXiv 2406.13511)"
 
 
@@ -122,7 +125,7 @@ class ContinuousRoofline:
         return self.roofline.dispatch_s
 
 
-def estimate_of(roofline: Roofline) -> Profile:
+def estimate_of(roofline: Roofline) -> BilinearFit:
     """The bilinear model that planners plan by, fitted to the roofline."""
 
     def points(rows: Sequence[int], lengths: Sequence[int], seconds: Any) -> list[Any]:
@@ -130,14 +133,13 @@ def estimate_of(roofline: Roofline) -> Profile:
 
     fitted = (1, 2, 4, 8, 16, 32, 64, 128), (32, 128, 512, 1024, 2048)
     held_out = (3, 12, 48, 96), (64, 300, 800, 1500)
-    return fit_profile(
+    return fit_bilinear(
         points(*fitted, roofline.prefill_s),
         points(*fitted, roofline.step_s),
         held_out_prefill=points(*held_out, roofline.prefill_s),
         held_out_decode=points(*held_out, roofline.step_s),
         most_rows=512,
         steps=max(SLICE_LENS),
-        measured_on={"model": "LLaMA2-13B", "device": "A100-80GB (computed)", "precision": "bf16"},
     )
 
 
@@ -146,7 +148,7 @@ class Device:
     """All that one instance is."""
 
     roofline: Roofline
-    estimate: Profile
+    estimate: BilinearFit
     memory: KvMemory
     sls_rows: int = 0
 
@@ -169,26 +171,33 @@ class Device:
         return int(ZETA * self.memory.num_tokens) // (MOST_INPUT + MOST_OUTPUT)
 
 
-@dataclass
 class Outcome(Recorder):
-    """What a run came to."""
+    """What a run came to: sums alone, for a table has hundreds of runs."""
 
-    sent_s: dict[int, float] = field(default_factory=dict)
-    responses_s: list[float] = field(default_factory=list)
-    last_s: float = 0.0
-    tokens: int = 0
-    pad_tokens: int = 0
-    invalid_tokens: int = 0
-    prefill_tokens: int = 0
-    batches: int = 0
-    rows: int = 0
-    ends_s: list[float] = field(default_factory=list)
-    replicas: list[Mapping[str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__(keep_rows=False, keep_slices=0)
+        self.sent_s: dict[int, float] = {}
+        self.responses_s: list[float] = []
+        self.last_s = 0.0
+        self.tokens = self.pad_tokens = self.invalid_tokens = self.prefill_tokens = 0
+        self.batches = self.rows = 0
 
     def sent(self, work: Work, at_s: float) -> None:
         self.sent_s[work.number] = at_s
 
-    def ended(self, number: int, at_s: float, reason: str, cached_tokens: int) -> None:
+    def delivered(self, number: int, at_s: float, num_tokens: int) -> None:
+        pass
+
+    def ended(
+        self,
+        number: int,
+        at_s: float,
+        reason: str,
+        cached_tokens: int,
+        *,
+        replica: int | None = None,
+        queue_s: float | None = None,
+    ) -> None:
         assert reason in ("stop", "length"), reason
         self.responses_s.append(at_s - self.sent_s[number])
         self.last_s = max(self.last_s, at_s)
@@ -213,14 +222,11 @@ class Outcome(Recorder):
         self.batches += 1
         self.rows += rows
 
-    def replica(self, replica: int, statistics: Mapping[str, Any]) -> None:
-        self.ends_s.append(statistics["last_end_s"])
-        self.replicas.append(statistics)
-
     def summary(self) -> dict[str, float]:
         """The numbers of a line: requests/s, seconds, tokens a request, CT STD in seconds."""
         count = len(self.responses_s)
-        errors = [it["estimator_error"] for it in self.replicas if "estimator_error" in it]
+        errors = [it["estimator_error"] for it in self.replicas.values() if "estimator_error" in it]
+        ends_s = [it["last_end_s"] for it in self.replicas.values()]
         summary = {
             "requests_per_s": count / self.last_s,
             "tokens_per_s": self.tokens / self.last_s,
@@ -230,17 +236,16 @@ class Outcome(Recorder):
             "invalid_per_request": self.invalid_tokens / count,
             "prefill_per_request": self.prefill_tokens / count,
             "rows_per_batch": self.rows / self.batches,
-            "ct_std_s": statistics.pstdev(self.ends_s),
+            "ct_std_s": statistics.pstdev(ends_s),
         }
         return summary | ({"estimator_error": statistics.fmean(errors)} if errors else {})
 
 
 def window_of(
-    lengths: Sequence[tuple[float, int, int]], *, name: str, count: int, rate: float, seed: int
+    lengths: Sequence[Arrival], *, name: str, count: int, rate: float, seed: int
 ) -> Workload:
-    """`count` requests in a row from a random place of a trace of (arrival in s, prompt, output),
-    cut to the longest allowed. Its gaps are scaled to `rate` requests/s in the mean, and each is
-    stretched by up to a half either way."""
+    """`count` requests in a row from a random place of a trace, cut to the longest allowed. Its
+    gaps are scaled to `rate` requests/s in the mean, each stretched by up to a half either way."""
     rng = np.random.default_rng(seed)
     count = min(count, len(lengths))
     first = int(rng.integers(0, len(lengths) - count + 1))
@@ -318,7 +323,7 @@ class Case:
 
 def measure(
     case: Case,
-    lengths: Sequence[tuple[float, int, int]],
+    lengths: Sequence[Arrival],
     device: Device,
     *,
     trace: str,

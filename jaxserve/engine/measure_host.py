@@ -18,6 +18,7 @@ from jaxserve.engine.event_log import plan_from_json, read_events
 from jaxserve.engine.plan import SlicePlan
 from jaxserve.engine.scripted import Pace, ScriptedExecutor
 from jaxserve.engine.slice_shape import slice_shape
+from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import Request, SamplingParams
 from jaxserve.schedulers.estimators.fitted_time import Measured
@@ -43,7 +44,8 @@ def measure_core(
     executor = ScriptedExecutor(
         vocab_size=model.vocab_size, pace=pace, now=lambda: 0.0, sleep=lambda _: None
     )
-    requests = _requests(model, num_requests)
+    most = min(model.max_context, num_pages * config.cache.page_size) // 4
+    requests = _requests(model, num_requests, most_tokens=max(2, most))
     points: list[Measured] = []
     flights: deque[tuple[SlicePlan, Any]] = deque()
     now_s, host_s = 0.0, 0.0
@@ -69,13 +71,16 @@ def measure_core(
     return points
 
 
-def _requests(model: ModelConfig, count: int) -> list[Request]:
-    """Prompts and outputs of all lengths up to a third of the context."""
-    rng, most = np.random.default_rng(0), model.max_context // 3
-    requests = []
+def _requests(model: ModelConfig, count: int, *, most_tokens: int) -> list[Request]:
+    """Prompts and outputs of all lengths below `most_tokens`."""
+    rng, requests = np.random.default_rng(0), []
     for number in range(count):
-        prompt = rng.integers(0, model.vocab_size, int(rng.integers(1, most))).astype(np.int32)
-        params = SamplingParams(max_tokens=int(rng.integers(1, most)), ignore_eos=True, seed=0)
+        prompt = rng.integers(0, model.vocab_size, int(rng.integers(1, most_tokens))).astype(
+            np.int32
+        )
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, most_tokens)), ignore_eos=True, seed=0
+        )
         requests.append(Request(request_id=str(number), prompt=prompt, params=params))
     return requests
 
@@ -83,8 +88,18 @@ def _requests(model: ModelConfig, count: int) -> list[Request]:
 def read_live(path: str | Path) -> list[LiveSlice]:
     """The slices of an event log that followed another one without a pause.
 
-    Raises ConfigError for a file that is no event log.
+    Raises ConfigError for a file that is missing or no event log, and for one of no such slices.
     """
+    try:
+        slices = _read_live(path)
+    except OSError as error:
+        raise ConfigError(f"live_log: {str(path)!r}: {error.strerror}") from error
+    if not slices:
+        raise ConfigError(f"live_log: got {str(path)!r}, without slices; allowed: a busy server's")
+    return slices
+
+
+def _read_live(path: str | Path) -> list[LiveSlice]:
     flights: deque[SlicePlan] = deque()
     lengths: dict[int, int] = {}
     slices: list[LiveSlice] = []

@@ -14,12 +14,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from jaxserve import __version__
 from jaxserve.config import EngineConfig
-from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.build import TILE
+from jaxserve.engine.executor import Executor
 from jaxserve.engine.measure import (
     Limits,
     Measurement,
@@ -46,9 +46,6 @@ from jaxserve.schedulers.estimators.fitted_time import (
     fit_time,
 )
 
-if TYPE_CHECKING:
-    from jaxserve.engine.jax_executor import JaxExecutor
-
 POINTS_EACH = 9
 """Points of every program."""
 
@@ -69,19 +66,20 @@ class MeasuredProfile:
 
 def measure_profile(
     config: EngineConfig,
-    executor: "JaxExecutor",
+    executor: Executor,
     info: ModelInfo,
     *,
+    buckets: tuple[Bucket, ...],
     seconds: float,
     progress: Callable[[str], None],
     points_each: int = POINTS_EACH,
 ) -> MeasuredProfile:
-    """Measure for about so many seconds on an executor that nobody else uses.
+    """Measure for about so many seconds on an executor of `buckets` that nobody else uses.
 
     Raises ConfigError when too few programs or lengths are there to fit a model.
     """
     began_s = time.monotonic()
-    limits = _limits(config, executor, info)
+    limits = _limits(config, buckets, info)
     # On one core the device is busy while this process runs; what others take is not its time.
     one_core = info.platform == "cpu" and len(os.sched_getaffinity(0)) == 1
     bench = SliceBench(executor, limits, busy=time.process_time if one_core else None)
@@ -125,10 +123,10 @@ def measure_profile(
     return MeasuredProfile(profile, len(measurements), num_slices, time.monotonic() - began_s)
 
 
-def _limits(config: EngineConfig, executor: "JaxExecutor", info: ModelInfo) -> Limits:
+def _limits(config: EngineConfig, buckets: tuple[Bucket, ...], info: ModelInfo) -> Limits:
     max_context = info.config.max_context
     return Limits(
-        buckets=executor.buckets,
+        buckets=buckets,
         tile=TILE,
         max_rows=config.scheduler.max_rows,
         max_steps=config.scheduler.make_slicing(max_context=max_context).max_steps,

@@ -199,7 +199,7 @@ class _IlsSimulation:
             if not row.left:
                 work = row.work
                 reason = "length" if work.output_tokens >= work.max_tokens else "stop"
-                self._recorder.ended(work.number, now_s, reason, 0)
+                self._recorder.ended(work.number, now_s, reason, 0, replica=number)
                 self._feed.ended(work, now_s)
         instance.rows = [row for row in instance.rows if row.left]
         self._start(number, now_s)

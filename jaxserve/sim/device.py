@@ -10,12 +10,14 @@ from jaxserve.sim.modelled import ModelledExecutor, Outputs
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A serving-time model and the programs that it is a model of."""
+    """A serving-time model and the programs that it is a model of. `host_overlaps`: the host works
+    beside it, on a core of its own."""
 
     time: SliceTime
     buckets: Buckets
     vocab_size: int
     max_context: int
+    host_overlaps: bool = True
 
     def executor(self, clock: Clock, outputs: Outputs) -> ModelledExecutor:
         """A device of its own for each replica."""

@@ -108,9 +108,11 @@ class _Alive:
     """A request that was sent and has not ended."""
 
     work: Work
+    sent_s: float
     made: int = 0
     slices: int = 0
     prefilled: bool = False
+    first_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -206,7 +208,7 @@ class _PoolSimulation:
         for at_s, work in self._feed.take(now_s):
             self._recorder.sent(work, at_s)
             request = PoolRequest(work.number, at_s, work.prompt_tokens, work.max_tokens)
-            self._alive[work.number] = _Alive(work)
+            self._alive[work.number] = _Alive(work, at_s)
             try:
                 self._planner.check(request)
             except ValueError as error:
@@ -236,6 +238,10 @@ class _PoolSimulation:
         else:
             time = self._config.padded_time or self._config.estimate
             run = padded_static(rows, batch.steps, time)
+        for number in batch.rows:
+            alive = self._alive.get(number)
+            if alive is not None and alive.first_s is None:
+                alive.first_s = now_s
         for number in batch.prefills:
             self._count_prefill(instance, number)
         instance.run, instance.begin_s = run, now_s
@@ -317,9 +323,12 @@ class _PoolSimulation:
         instance.ended += 1
         instance.slices_of_ended += alive.slices
         work = alive.work
-        self._end(number, now_s, "length" if work.output_tokens >= work.max_tokens else "stop")
+        reason = "length" if work.output_tokens >= work.max_tokens else "stop"
+        self._end(number, now_s, reason, replica=instance.number)
 
-    def _end(self, number: int, now_s: float, reason: str) -> None:
-        work = self._alive.pop(number).work
-        self._recorder.ended(number, now_s, reason, 0)
+    def _end(self, number: int, now_s: float, reason: str, *, replica: int | None = None) -> None:
+        alive = self._alive.pop(number)
+        work, first_s, sent_s = alive.work, alive.first_s, alive.sent_s
+        queue_s = None if first_s is None else first_s - sent_s
+        self._recorder.ended(number, now_s, reason, 0, replica=replica, queue_s=queue_s)
         self._feed.ended(work, now_s)

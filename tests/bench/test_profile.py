@@ -38,6 +38,7 @@ def test_a_computed_profile_is_written_and_reported(tmp_path: Path, capsys) -> N
             ("--output=no/such/x", "--computed", "--device=h200", "--model=random:llama3-8b"),
             "output: 'no/such/x': No such file",
         ),
+        (("--output=x", "--live_log=no.jsonl"), "live_log: 'no.jsonl': No such file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(flags, said: str, tmp_path, monkeypatch, capsys) -> None:

@@ -140,7 +140,13 @@ def measured() -> Profile:
     )
     executor.compile_all(lambda _: None, threads=2)
     done = measure_profile(
-        config(), executor, info, seconds=1.0, progress=lambda _: None, points_each=12
+        config(),
+        executor,
+        info,
+        buckets=executor.buckets,
+        seconds=1.0,
+        progress=lambda _: None,
+        points_each=12,
     )
     assert done.num_slices >= 3 * done.num_points
     return done.profile

@@ -12,6 +12,7 @@ from jaxserve.models.computed_profile import compute_profile
 from jaxserve.models.config import SHAPES
 from jaxserve.models.profile import ModelShape, Profile, find_profile, profile_names
 from jaxserve.models.sources import load_model_config, parse_source
+from jaxserve.schedulers.estimators.roofline_time import DEVICES
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.estimators.slice_time import SliceTime
 
@@ -102,6 +103,18 @@ def test_the_committed_profiles_are_whole(name: str) -> None:
     assert (profile.errors.held_out is not None) == measured == name.startswith("cpu")
     if profile.errors.held_out and profile.errors.spread:
         assert profile.errors.held_out.mean <= profile.errors.spread.mean + 0.03
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name[:3] != "cpu"])
+def test_the_computed_profiles_are_what_the_command_computes(name: str) -> None:
+    kept = find_profile(name)
+    again = compute_profile(
+        SHAPES[kept.model_name],
+        device=next(key for key, sheet in DEVICES.items() if sheet.kind == kept.device),
+        num_devices=kept.num_devices,
+        page_size=kept.page_size,
+    )
+    assert (again.time, again.num_pages, again.notes) == (kept.time, kept.num_pages, kept.notes)
 
 
 def test_computed_profiles_follow_the_devices() -> None:

@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -43,37 +42,38 @@ class PerToken:
         return 0.5
 
 
-@dataclass
 class Log(Recorder):
-    """All that was recorded."""
+    """All that was recorded, in the open."""
 
-    at_s: dict[int, list[float]] = field(default_factory=dict)
-    tokens: Counter = field(default_factory=Counter)
-    reasons: dict[int, str] = field(default_factory=dict)
-    slices: list[dict[str, Any]] = field(default_factory=list)
-    counters: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_s: dict[int, list[float]] = {}
+        self.tokens: Counter[int] = Counter()
+        self.reasons: dict[int, str] = {}
+        self.batches: list[dict[str, Any]] = []
 
     def sent(self, work: Work, at_s: float) -> None:
+        super().sent(work, at_s)
         self.at_s[work.number] = [at_s]
 
     def delivered(self, number: int, at_s: float, num_tokens: int) -> None:
+        super().delivered(number, at_s, num_tokens)
         assert number not in self.reasons and at_s >= self.at_s[number][-1] and num_tokens > 0
         self.at_s[number].append(at_s)
         self.tokens[number] += num_tokens
 
-    def ended(self, number: int, at_s: float, reason: str, cached_tokens: int) -> None:
+    def ended(self, number: int, at_s: float, reason: str, cached_tokens: int, **known: Any):
+        super().ended(number, at_s, reason, cached_tokens, **known)
         assert number not in self.reasons and at_s >= self.at_s[number][-1]
         self.at_s[number].append(at_s)
         self.reasons[number] = reason
 
     def slice(self, replica: int, begin_s: float, end_s: float, **counts: int) -> None:
-        self.slices.append({"replica": replica, "begin_s": begin_s, "end_s": end_s, **counts})
-
-    def replica(self, replica: int, statistics: Mapping[str, Any]) -> None:
-        self.counters[replica] = statistics
+        super().slice(replica, begin_s, end_s, **counts)
+        self.batches.append({"replica": replica, "begin_s": begin_s, "end_s": end_s, **counts})
 
     def total(self, name: str) -> int:
-        return sum(each[name] for each in self.slices)
+        return sum(each[name] for each in self.batches)
 
 
 def work(number: int, prompt: int, output: int, most: int | None = None, **changed) -> Work:
@@ -152,23 +152,23 @@ def test_a_request_is_computed_again_each_slice() -> None:
     ends = [TIME.slice_s(1, 6, 4), TIME.slice_s(1, 10, 4), TIME.slice_s(1, 14, 2)]
     assert log.at_s[0] == [0.0, ends[0], sum(ends[:2]), sum(ends), sum(ends)]
     assert log.tokens[0] == 10 and log.reasons[0] == "length"
-    counters = log.counters[0]
+    counters = log.replicas[0]
     assert counters["recomputed_prefill_tokens"] == 10 + 14 and counters["slices_per_request"] == 3
     assert counters["busy_s"] == sum(ends) and counters["estimator_error"] == 0
 
 
 def test_a_resident_request_is_computed_once() -> None:
     log = run(config("scls_resident"), work(0, 6, 10, 40))
-    assert [each["prefill_tokens"] for each in log.slices] == [6, 0, 0]
+    assert [each["prefill_tokens"] for each in log.batches] == [6, 0, 0]
     assert log.at_s[0][-1] == 6 + 10 + 3 * 0.5 and log.reasons[0] == "stop"
 
 
 def test_a_static_batch_waits_for_its_longest() -> None:
     log = run(config("static"), work(0, 6, 3, 20), work(1, 4, 9, 20))
-    (batch,) = log.slices
+    (batch,) = log.batches
     assert (batch["steps"], batch["pad_tokens"], batch["invalid_tokens"]) == (9, 2, 6)
     assert log.at_s[0][-1] == log.at_s[1][-1] == TIME.slice_s(2, 6, 9)
-    assert log.counters[0]["early_returns"] == 1  # 20 steps were asked for
+    assert log.replicas[0]["early_returns"] == 1  # 20 steps were asked for
 
 
 lengths = st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 5))
@@ -206,11 +206,12 @@ def test_everybody_ends_once(pool: str, requests: list, replicas: int, seed: int
             assert (log.reasons[each.number] == "length") == (each.output_tokens == each.max_tokens)
         else:
             assert log.tokens[each.number] <= each.output_tokens
-            moment = {"abort": each.abort_s, "deadline": each.deadline_s}[log.reasons[each.number]]
+            moment = each.abort_s if log.reasons[each.number] == "abort" else each.deadline_s
+            assert moment is not None
             assert log.at_s[each.number][-1] == pytest.approx(each.arrival_s + moment)
     assert log.total("output_tokens") == sum(log.tokens.values())
-    assert log.total("pad_tokens") == sum(it["pad_tokens"] for it in log.counters.values())
-    for name in ("tokens", "reasons", "at_s", "slices", "counters"):
+    assert log.total("pad_tokens") == sum(it["pad_tokens"] for it in log.replicas.values())
+    for name in ("tokens", "reasons", "at_s", "batches", "replicas"):
         assert getattr(log, name) == getattr(runs[1], name)
 
 
@@ -228,7 +229,7 @@ def test_planners_never_see_what_a_request_will_make() -> None:
     starts = []
     for output in (1, 20):
         log = run(config("static", noise=0.1), *(work(n, 3 + n, output, 20) for n in range(20)))
-        first = [each for each in log.slices if each["begin_s"] == 0]
+        first = [each for each in log.batches if each["begin_s"] == 0]
         starts.append([(each["replica"], each["rows"], each["prefill_tokens"]) for each in first])
     assert starts[0] == starts[1]
 
@@ -244,7 +245,7 @@ def test_a_wrong_estimate_is_refined() -> None:
     for refine in ("false", "true"):
         truth = config("scls", f"refine={refine}", estimate=half, padded_time=TIME, replicas=1)
         log = run(truth, *(work(n, 3 + n % 9, 9, arrival_s=400.0 * n) for n in range(40)))
-        errors[refine] = log.counters[0]["estimator_error"]
+        errors[refine] = log.replicas[0]["estimator_error"]
     assert errors["false"] == pytest.approx(0.5) and errors["true"] < 0.1
 
 
@@ -319,7 +320,7 @@ def test_ils_ends_everybody_and_stays_within_memory(reserve) -> None:
     simulate_ils(feed_of(*requests, work(40, 30, 20, arrival_s=200.0)), ils, log)
     assert log.reasons.pop(40) == "refused" and len(log.reasons) == 40
     assert all(log.tokens[each.number] == each.output_tokens for each in requests)
-    preempted = sum(counters["preemptions"] for counters in log.counters.values())
+    preempted = sum(counters["preemptions"] for counters in log.replicas.values())
     assert (preempted > 0) == (reserve == "prompt")
 
 

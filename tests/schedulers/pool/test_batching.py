@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxserve.schedulers.estimators.bilinear import Bilinear, BilinearTime
 from jaxserve.schedulers.estimators.memory import KvMemory
 from jaxserve.schedulers.pool.batching import cheapest_cuts, cheapest_mixed_cuts, of_slice
-from jaxserve.schedulers.pool.memory_rule import MemoryRule
+from jaxserve.schedulers.pool.memory_rule import MemoryRule, Unit
 
 EXAMPLE = BilinearTime(Bilinear(1.0, 2.0, 3.0, 10.0), Bilinear(1.0, 1.0, 2.0, 5.0))
 STEPS = 4
@@ -23,7 +23,7 @@ models = st.builds(Bilinear, coefficients, coefficients, coefficients, coefficie
 times = st.builds(BilinearTime, models, models)
 
 
-def rule(capacity: int, unit: str = "tokens", page_size: int = 1) -> MemoryRule:
+def rule(capacity: int, unit: Unit = "tokens", page_size: int = 1) -> MemoryRule:
     return MemoryRule(KvMemory(capacity, page_size, 1), unit, NO_LIMIT)
 
 
@@ -157,7 +157,8 @@ def test_more_memory_is_never_worse_and_a_fixed_size_never_better(
 def test_the_most_rows_are_those_that_fit(
     capacity: int, page_size: int, length: int, rows: int
 ) -> None:
-    for unit in ("tokens", "pages"):
+    units: tuple[Unit, ...] = ("tokens", "pages")
+    for unit in units:
         memory = rule(capacity, unit, page_size)
         most = int(memory.rows(np.array([length]), STEPS)[0])
         assert memory.fits(rows, length, STEPS) == (rows <= most)

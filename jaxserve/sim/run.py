@@ -1,0 +1,195 @@
+"""From settings to a simulated fleet, and its run into a recorder. Knows no flags."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.build import TILE, serving_buckets
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.core_config import CoreConfig
+from jaxserve.errors import ConfigError
+from jaxserve.fleet.router import Router
+from jaxserve.models.config import SHAPES, ModelConfig
+from jaxserve.models.profile import BYTES_OF, Profile
+from jaxserve.models.sources import load_model_config, parse_source
+from jaxserve.report.recorder import Recorder
+from jaxserve.request import Limits
+from jaxserve.schedulers.catalog import find_order, make_routing, require_told
+from jaxserve.schedulers.estimators.memory import KvMemory
+from jaxserve.schedulers.estimators.slice_time import NoisyTime, SliceTime
+from jaxserve.schedulers.routing.catalog import Need
+from jaxserve.sim.device import Device
+from jaxserve.sim.fleet import FleetSimulation
+from jaxserve.sim.pool import PoolConfig, simulate_pool
+from jaxserve.sim_config import SimConfig
+from jaxserve.workload.feed import Feed
+from jaxserve.workload.load import require_clients, require_prefixes
+from jaxserve.workload.tokens import page_keys_of
+from jaxserve.workload.work import Work, Workload
+
+Tick = Callable[[FleetSimulation], None]
+_ANYTHING = 1 << 20
+"""Tokens of a context that nothing is known to bound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What is simulated: replicas configured like `engine`, on devices like `profile`'s."""
+
+    engine: EngineConfig
+    sim: SimConfig
+    profile: Profile
+
+    def __post_init__(self) -> None:
+        size = self.engine.cache.page_size
+        if size != self.profile.page_size:
+            raise ConfigError(
+                f"page_size: got {size}; allowed: {self.profile.page_size}, as in the profile of"
+                f" {self.profile.model_name} on {self.profile.device}"
+            )
+        if not self.num_pages:
+            raise ConfigError(
+                f"num_pages: got none, and the profile of {self.profile.model_name} on"
+                f" {self.profile.device} has none either; allowed: 2 or more, with --num_pages"
+            )
+
+    @property
+    def num_pages(self) -> int:
+        return self.engine.cache.num_pages or self.profile.num_pages or 0
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens of prompt and output that a request may have."""
+        model = _known_model(self.profile.model_name)
+        longest = model.max_context if model is not None else _ANYTHING
+        return self.sim.max_context or longest
+
+    def time(self) -> SliceTime:
+        """How long slices take, with the noise that is asked for."""
+        if not self.sim.noise:
+            return self.profile.time
+        spread = self.sim.noise * self.profile.spread
+        return NoisyTime(self.profile.time, spread=spread, seed=self.sim.seed)
+
+
+def _known_model(name: str) -> ModelConfig | None:
+    if name in SHAPES:
+        return SHAPES[name]
+    return load_model_config(parse_source("demo")) if name == "demo" else None
+
+
+def simulate(
+    workload: Workload,
+    feed: Feed,
+    deployment: Deployment,
+    recorder: Recorder,
+    *,
+    tick: Tick = lambda simulation: None,
+) -> None:
+    """Run the feed of a workload to its end. Deterministic: the same again gives the same.
+
+    `tick` is called now and then. Raises ConfigError, before anything runs, where a policy needs
+    what the workload lacks.
+    """
+    if deployment.sim.pool:
+        simulate_pool(feed, pool_config(deployment), recorder)
+        return
+    if not deployment.sim.blind:
+        check_told(workload, deployment)
+    fleet = build_fleet(workload, feed, deployment, recorder)
+    fleet.run(tick=tick)
+
+
+def check_told(workload: Workload, deployment: Deployment) -> None:
+    """Raises ConfigError where a policy would be another one in disguise."""
+    order = find_order(deployment.engine.scheduler.order)
+    hint = "; or --blind, to run it all the same"
+    try:
+        if order.needs_prefix_cache:
+            require_prefixes(workload, f"order={order.name}")
+        if "bounded_service_gap" in order.laws:
+            require_clients(workload, f"order={order.name}")
+        told: dict[Need, bool] = {
+            "prefixes": workload.block_size > 0,
+            "clients": workload.has_clients,
+            "sessions": workload.has_sessions,
+        }
+        names: list[Need] = [name for name, there in told.items() if there]
+        require_told(deployment.sim.routing, names, by=f"workload {workload.name!r}")
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{error}{hint}") from None
+
+
+def build_fleet(
+    workload: Workload, feed: Feed, deployment: Deployment, recorder: Recorder
+) -> FleetSimulation:
+    """The simulation of a fleet of engines, not begun."""
+    sim, profile, engine = deployment.sim, deployment.profile, deployment.engine
+    size = profile.page_size
+    router = Router(
+        make_routing(sim.routing, sim.routing_options, num_replicas=sim.replicas, page_size=size),
+        num_replicas=sim.replicas,
+    )
+    config = CoreConfig(
+        limits=Limits(
+            vocab_size=profile.model.vocab_size,
+            max_context=deployment.max_context,
+            max_samples=engine.scheduler.max_rows,
+        ),
+        model_key=profile.model_name,
+        num_pages=deployment.num_pages,
+        page_size=size,
+        prefix_cache=engine.cache.prefix_cache,
+        tile=TILE,
+        scheduler=engine.scheduler,
+    )
+    device = Device(
+        time=deployment.time(),
+        buckets=Buckets(serving_buckets(engine), tile=TILE),
+        vocab_size=profile.model.vocab_size,
+        max_context=deployment.max_context,
+        host_overlaps=profile.host_overlaps,
+    )
+    by_client = engine.cache.prefix_scope == "client"
+
+    def page_keys(work: Work) -> tuple[bytes, ...]:
+        scope = crc32(work.client.encode()) if by_client else 0
+        return page_keys_of(work, workload.block_size, page_size=size, scope=scope)
+
+    return FleetSimulation(
+        feed,
+        router,
+        lambda: EngineCore(config),
+        device,
+        recorder,
+        page_keys=page_keys,
+        config=sim,
+    )
+
+
+def pool_config(deployment: Deployment) -> PoolConfig:
+    """The same deployment under a pool planner."""
+    sim, profile, scheduler = deployment.sim, deployment.profile, deployment.engine.scheduler
+    model = profile.model
+    values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return PoolConfig(
+        memory=KvMemory(
+            deployment.num_pages, profile.page_size, values * BYTES_OF[profile.precision]
+        ),
+        estimate=profile.bilinear,
+        pool=sim.pool,
+        pool_options=sim.pool_options,
+        replicas=sim.replicas,
+        slice_time=profile.time,
+        slice_len=scheduler.slice_steps,
+        max_rows=scheduler.max_rows,
+        noise=sim.noise * profile.spread,
+        seed=sim.seed,
+    )
+
+
+def with_page_size(engine: EngineConfig, profile: Profile) -> EngineConfig:
+    """The configuration with the profile's page size, for when nobody chose one."""
+    return replace(engine, cache=replace(engine.cache, page_size=profile.page_size))
