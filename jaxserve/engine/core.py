@@ -263,7 +263,8 @@ class EngineCore:
                 continue
             if count:
                 job, made = row.job, tokens[place][:count]
-                row.add(made)
+                row.made += made
+                row.length += count
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
