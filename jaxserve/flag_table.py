@@ -362,6 +362,14 @@ BENCH: Final = Group(
         _bench("against", "also simulate the workload, and show the errors", AGAINST[1:]),
     ),
 )
+AGAINST_SIMULATION: Final = Group(
+    "against=simulate",
+    tuple(
+        flag
+        for flag in SIMULATION.flags
+        if flag.name in ("profile", "noise", "blind", "submit_s", "deliver_s")
+    ),
+)
 SWEEP: Final = Group(
     "rate sweep",
     (

@@ -52,7 +52,7 @@ COMMANDS: Final = {
         "load a server, ours or any of OpenAI's dialect, and measure it",
         "jaxserve.bench.load_command",
         "jaxserve bench --server=127.0.0.1:8470 --rate=8 --html=run.html",
-        (table.BENCH, table.SWEEP, table.WORKLOAD, table.OUTPUT),
+        (table.BENCH, table.AGAINST_SIMULATION, table.SWEEP, table.WORKLOAD, table.OUTPUT),
     ),
     "simulate": Command(
         "run a workload on simulated replicas, and report what clients would see",

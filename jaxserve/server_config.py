@@ -253,8 +253,9 @@ class BenchConfig:
         _require(1 <= self.repeat <= MOST_REPEATS, "repeat", self.repeat, f"1 to {MOST_REPEATS}")
         _require(self.repeat == 1 or not self.sweep, "repeat", self.repeat, "1, with --sweep")
         _require(self.against in AGAINST, "against", self.against, "simulate, or empty")
-        alone = not self.against or (self.repeat == 1 and not self.sweep)
-        _require(alone, "against", self.against, "empty, with --sweep or --repeat")
+        alone = self.repeat == 1 and not self.sweep and not self.send_s
+        allowed = "empty, with --sweep, --repeat or --send_s"
+        _require(alone or not self.against, "against", self.against, allowed)
         for field in ("sweep_from", "sweep_to", "sweep_s", "sweep_tolerance"):
             value = getattr(self, field)
             _require(math.isfinite(value) and value > 0, field, value, "a positive number")

@@ -100,11 +100,12 @@ class GrpcTransport:
             "server": f"jaxserve {server.version}",
             "device": f"{server.num_devices} x {server.device_kind or server.platform}",
         }
-        described |= {f"--{name}": value for name, value in sorted(server.configuration.items())}
         return ServerFacts(
             model=model.model,
             vocab_size=model.vocab_size,
             max_context=model.max_context,
+            num_pages=server.kv_pages,
+            configuration=dict(sorted(server.configuration.items())),
             described=described,
         )
 

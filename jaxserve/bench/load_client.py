@@ -54,13 +54,14 @@ class LoadClient:
         self._wake = asyncio.Event()
         self._stopped = False
         self._probe: asyncio.Task[None] | None = None
-        self._begun_s = 0.0
+        self.begun_s = 0.0
+        """When the run began, by `time.perf_counter`."""
         self.died = False
         """Whether the server was lost on the way."""
 
     async def run(self) -> None:
         """Send everything and wait for the answers."""
-        self._begun_s = time.perf_counter()
+        self.begun_s = time.perf_counter()
         try:
             await self._send_all()
             await self._wait_for_answers()
@@ -77,7 +78,7 @@ class LoadClient:
     # ---------------------------------------------------------------------------- sending
 
     def _now_s(self) -> float:
-        return time.perf_counter() - self._begun_s
+        return time.perf_counter() - self.begun_s
 
     async def _send_all(self) -> None:
         while not self._stopped:
@@ -133,7 +134,7 @@ class LoadClient:
     # ---------------------------------------------------------------------------- one request
 
     async def _one(self, due_s: float, work: Work, prepared: object) -> None:
-        number, begun_s = work.number, self._begun_s
+        number, begun_s = work.number, self.begun_s
         delivered, count = self._recorder.delivered, self._tally.delivered
 
         def on_tokens(at_s: float, num_tokens: int) -> None:

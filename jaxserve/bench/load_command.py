@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxserve import __version__
-from jaxserve.bench.against import simulated
+from jaxserve.bench.against import like_server, simulated
 from jaxserve.bench.live_display import LiveDisplay
 from jaxserve.bench.load_client import LoadClient
 from jaxserve.bench.repeats import repeat_table, run_numbers
@@ -28,13 +28,16 @@ from jaxserve.bench.tally import Tally
 from jaxserve.bench.transport import Asking, ServerFacts, Transport, read_client_keys
 from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings
-from jaxserve.report.compare import compare, show_comparison
+from jaxserve.models.profile import find_profile
 from jaxserve.report.config import OutputConfig
+from jaxserve.report.errors import side_by_side
 from jaxserve.report.measure import measure
 from jaxserve.report.recorder import Recorder
 from jaxserve.report.report import About, Report
 from jaxserve.report.write import check_files, write_report, write_text
 from jaxserve.server_config import BenchConfig
+from jaxserve.sim.command import describe_profile
+from jaxserve.sim_config import SimConfig
 from jaxserve.workload.config import WorkloadConfig
 from jaxserve.workload.feed import Feed
 from jaxserve.workload.load import load_workload
@@ -109,6 +112,9 @@ class _Bench:
             self._vocab_size = self._known_vocab_size(self._facts)
             self._max_context = config.max_context or self._facts.max_context
             self._say(f"{config.api} at {config.address}: {self._facts.model}")
+            if config.against:
+                sim = self._settings.record(SimConfig)
+                self._like_server = like_server(self._facts, sim, find_profile(sim.profile))
             died = await (self._sweep() if config.sweep else self._repeat())
         finally:
             await self._transport.close()
@@ -173,12 +179,12 @@ class _Bench:
             await self._run_once(run, title=title, send_s=config.send_s)
             report = self._report(run)
             numbers.append(run_numbers(report))
+            if config.against and not (run.died or self._interrupted):
+                report = self._beside_simulation(run, report)
             write_report(report, _numbered(self._output, number), self._say)
             print("\n".join(run.tally.closing_lines(self._transport.counted)), flush=True)
             if run.died or self._interrupted:
                 return run.died
-            if config.against:
-                self._show_against(run, report)
         if config.repeat > 1:
             print("\n".join(repeat_table(numbers)))
         return False
@@ -194,6 +200,7 @@ class _Bench:
             title=f"{run.workload.name}, {self._config.api} at {self._config.address}",
             configuration={
                 **{f"server {name}": value for name, value in self._facts.described.items()},
+                **{f"server --{name}": value for name, value in self._facts.configuration.items()},
                 **{f"client {name}": value for name, value in shown.items()},
                 "client lateness": f"P99 {late_ms:.1f} ms",
                 "tokens counted by": self._transport.counted,
@@ -203,11 +210,15 @@ class _Bench:
             seeds={"workload": self._workload_config.seed},
         )
 
-    def _show_against(self, run: _Run, live: Report) -> None:
-        recorder = simulated(self._settings, run.workload, run.make_feed)
-        about = self._about(run, kind="simulated")
-        report = measure(recorder, about, self._output.measure_options)
-        show_comparison(compare([live, report], paths=("live", "simulated")))
+    def _beside_simulation(self, run: _Run, live: Report) -> Report:
+        """The live run's report, with what the simulator says of it and how far that is off."""
+        deployment = self._like_server
+        self._say("simulating the same workload")
+        recorder = simulated(deployment, run.workload, run.make_feed)
+        about = replace(
+            self._about(run, kind="simulated"), profile=describe_profile(deployment.profile)
+        )
+        return side_by_side(live, measure(recorder, about, self._output.measure_options))
 
     # ---------------------------------------------------------------------------- the sweep
 

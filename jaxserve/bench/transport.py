@@ -41,11 +41,14 @@ class Ending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
-    """What the server says of itself. None: it does not say."""
+    """What the server says of itself; None: it does not say. `configuration` are its effective
+    flags, one of ours has them."""
 
     model: str
     vocab_size: int | None = None
     max_context: int | None = None
+    num_pages: int | None = None
+    configuration: Mapping[str, str] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
 
 
