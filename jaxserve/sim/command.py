@@ -23,7 +23,6 @@ from jaxserve.report.recorder import Recorder
 from jaxserve.report.report import About
 from jaxserve.report.write import check_files, write_report
 from jaxserve.server.progress import ProgressDisplay
-from jaxserve.sim.fleet import FleetSimulation
 from jaxserve.sim.run import Deployment, simulate, with_page_size
 from jaxserve.sim_config import SimConfig
 from jaxserve.workload.config import WorkloadConfig
@@ -33,7 +32,7 @@ from jaxserve.workload.work import Workload
 EXIT_INTERRUPTED: Final = 130
 TELL_EVERY_S: Final = 0.2
 TELL_LINES_EVERY_S: Final = 5.0
-_OF_POOLS: Final = ("slice_steps", "max_rows", "page_size", "num_pages")
+_OF_POOLS: Final = ("slice_steps", "max_rows", "max_prefill_tokens", "page_size", "num_pages")
 """The engine's settings that mean something under a pool planner."""
 
 
@@ -120,15 +119,15 @@ class _Progress:
         self._began_s = self._next_s = time.monotonic()
         self._next_s += self._every_s
 
-    def tick(self, simulation: FleetSimulation) -> None:
+    def tick(self, num_ended: int, virtual_s: float) -> None:
         now_s = time.monotonic()
         if now_s < self._next_s:
             return
         self._next_s = now_s + self._every_s
-        ended, passed_s = simulation.num_ended, now_s - self._began_s
+        passed_s = now_s - self._began_s
         self._display.show(
-            f"simulated {ended}/{self._total} requests, {simulation.agenda.now():,.0f} s of virtual"
-            f" time, {ended / passed_s:,.0f} requests/s"
+            f"simulated {num_ended}/{self._total} requests, {virtual_s:,.0f} s of virtual time,"
+            f" {num_ended / passed_s:,.0f} requests/s"
         )
 
     def close(self) -> None:

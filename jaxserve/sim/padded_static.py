@@ -6,7 +6,11 @@ finished members make invalid tokens. Definitions: papers.md 0.2 and 1.4.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from jaxserve.schedulers.estimators.serving_time import SliceShape
+from jaxserve.schedulers.estimators.slice_time import SliceTime
 
 from .pool_executors import BatchRun, Row
 
@@ -18,6 +22,28 @@ class PaddedTime(Protocol):
     def slice_s(self, rows: int, length: int, steps: int) -> float:
         """Prefill `length` tokens of each row, then decode `steps` steps."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedSlice:
+    """A `PaddedTime`: what a static batch takes on the device that `time` is a model of.
+
+    The first tokens come from the prompts, without a decode step. The host's work is part of it:
+    the next batch waits for this one's end.
+    """
+
+    time: SliceTime
+
+    def slice_s(self, rows: int, length: int, steps: int) -> float:
+        later = steps - 1
+        shape = SliceShape(
+            steps=steps,
+            rows=rows,
+            attended_tokens=rows * (later * length + later * (later + 1) // 2),
+            prefill_tokens=rows * length,
+            prefill_attended_tokens=rows * (length * (length + 1) // 2),
+        )
+        return self.time.slice_s(shape) + self.time.host_s(shape)
 
 
 def padded_static(rows: Sequence[Row], steps: int, time: PaddedTime) -> BatchRun:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
+from jaxserve.engine.buckets import Buckets
 from jaxserve.errors import ConfigError
 from jaxserve.report.recorder import Recorder
 from jaxserve.schedulers.estimators.bilinear import BilinearTime
@@ -28,6 +27,9 @@ from jaxserve.workload.work import Work
 from .padded_static import PaddedTime, padded_static
 from .pool_executors import BatchRun, Row, continuous_slice
 
+Tick = Callable[[int, float], None]
+"""Is told how many requests have ended, and the virtual time in seconds."""
+
 _RAN: Final = 0
 _GONE: Final = 1
 """Kinds of events, in the order in which they are taken at one moment."""
@@ -40,8 +42,7 @@ class PoolConfig:
     `pool` and `pool_options` name the planner (`jaxserve policies`). `memory` is the KV memory of
     each of `replicas` instances. `estimate` is what planners plan by; `padded_time` what a padded
     batch really takes (None: the estimate), `slice_time` a slice of a continuous engine, which
-    `scls_resident` needs. `noise` is the relative standard deviation of every batch's seconds,
-    drawn from `seed`.
+    `scls_resident` needs, padded to `buckets` (None: not at all).
     """
 
     memory: KvMemory
@@ -53,8 +54,7 @@ class PoolConfig:
     slice_time: SliceTime | None = None
     slice_len: int = 128
     max_rows: int = 512
-    noise: float = 0.0
-    seed: int = 0
+    buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -65,8 +65,6 @@ class PoolConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ConfigError(f"{name}: got {value!r}; allowed: {least} to {most}")
-        if not 0 <= self.noise <= 1:
-            raise ConfigError(f"noise: got {self.noise!r}; allowed: a number in [0, 1]")
         self.make_planner()
         if POOLS[self.pool].resident and self.slice_time is None:
             raise ConfigError(
@@ -95,12 +93,14 @@ def simulate_pool(
     recorder: Recorder,
     *,
     on_refusal: Callable[[str], None] = lambda why: None,
+    tick: Tick = lambda num_ended, now_s: None,
 ) -> None:
     """Run a workload to its end and record what its clients saw. Deterministic.
 
-    Requests that can never fit end as "refused" when they come; `on_refusal` is told why.
+    Requests that can never fit end as "refused" when they come; `on_refusal` is told why. `tick` is
+    called now and then.
     """
-    _PoolSimulation(feed, config, recorder, on_refusal).run()
+    _PoolSimulation(feed, config, recorder, on_refusal).run(tick)
 
 
 @dataclass(slots=True)
@@ -171,9 +171,9 @@ class _PoolSimulation:
         self._alive: dict[int, _Alive] = {}
         self._events: list[tuple[float, int, int, int, str]] = []
         self._order = itertools.count()
-        self._rng = np.random.default_rng(config.seed)
+        self._num_ended = 0
 
-    def run(self) -> None:
+    def run(self, tick: Tick) -> None:
         now_s = 0.0
         while True:
             due_s = self._planner.due_s(now_s)
@@ -188,6 +188,7 @@ class _PoolSimulation:
             due_s = self._planner.due_s(now_s)
             if due_s is not None and due_s <= now_s:
                 self._plan(now_s)
+            tick(self._num_ended, now_s)
         assert not self._alive, f"{len(self._alive)} requests were never planned"
         for instance in self._instances:
             self._recorder.replica(instance.number, instance.statistics())
@@ -233,8 +234,9 @@ class _PoolSimulation:
         batch = instance.queue[0]
         rows = [self._row(number, number in batch.prefills) for number in batch.rows]
         if self._resident:
-            assert self._config.slice_time is not None
-            run = continuous_slice(rows, batch.steps, self._config.slice_time)
+            config = self._config
+            assert config.slice_time is not None
+            run = continuous_slice(rows, batch.steps, config.slice_time, config.buckets)
         else:
             time = self._config.padded_time or self._config.estimate
             run = padded_static(rows, batch.steps, time)
@@ -245,7 +247,7 @@ class _PoolSimulation:
         for number in batch.prefills:
             self._count_prefill(instance, number)
         instance.run, instance.begin_s = run, now_s
-        self._at(now_s + run.seconds * self._draw(), _RAN, instance.number)
+        self._at(now_s + run.seconds, _RAN, instance.number)
 
     def _row(self, number: int, prefills: bool) -> Row:
         alive = self._alive.get(number)
@@ -261,11 +263,6 @@ class _PoolSimulation:
         if alive.prefilled:
             instance.recomputed_prefill_tokens += alive.work.prompt_tokens + alive.made
         alive.prefilled = True
-
-    def _draw(self) -> float:
-        """A factor of mean 1 on a batch's seconds."""
-        noise = self._config.noise
-        return float(np.exp(noise * self._rng.standard_normal() - noise**2 / 2)) if noise else 1.0
 
     def _ran(self, instance: _Instance, now_s: float) -> None:
         """The batch that the instance runs has ended."""
@@ -332,3 +329,4 @@ class _PoolSimulation:
         queue_s = None if first_s is None else first_s - sent_s
         self._recorder.ended(number, now_s, reason, 0, replica=replica, queue_s=queue_s)
         self._feed.ended(work, now_s)
+        self._num_ended += 1

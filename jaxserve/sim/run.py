@@ -1,7 +1,6 @@
 """From settings to a simulated fleet, and its run into a recorder. Knows no flags."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from zlib import crc32
 
 from jaxserve.config import EngineConfig
@@ -19,17 +18,18 @@ from jaxserve.request import Limits
 from jaxserve.schedulers.catalog import find_order, make_routing, require_told
 from jaxserve.schedulers.estimators.memory import KvMemory
 from jaxserve.schedulers.estimators.slice_time import NoisyTime, SliceTime
+from jaxserve.schedulers.pool.catalog import POOLS
 from jaxserve.schedulers.routing.catalog import Need
 from jaxserve.sim.device import Device
 from jaxserve.sim.fleet import FleetSimulation
-from jaxserve.sim.pool import PoolConfig, simulate_pool
+from jaxserve.sim.padded_static import PaddedSlice
+from jaxserve.sim.pool import PoolConfig, Tick, simulate_pool
 from jaxserve.sim_config import SimConfig
 from jaxserve.workload.feed import Feed
 from jaxserve.workload.load import require_clients, require_prefixes
 from jaxserve.workload.tokens import page_keys_of
 from jaxserve.workload.work import Work, Workload
 
-Tick = Callable[[FleetSimulation], None]
 _ANYTHING = 1 << 20
 """Tokens of a context that nothing is known to bound."""
 
@@ -86,7 +86,7 @@ def simulate(
     deployment: Deployment,
     recorder: Recorder,
     *,
-    tick: Tick = lambda simulation: None,
+    tick: Tick = lambda num_ended, now_s: None,
 ) -> None:
     """Run the feed of a workload to its end. Deterministic: the same again gives the same.
 
@@ -94,12 +94,12 @@ def simulate(
     what the workload lacks.
     """
     if deployment.sim.pool:
-        simulate_pool(feed, pool_config(deployment), recorder)
+        simulate_pool(feed, pool_config(workload, deployment), recorder, tick=tick)
         return
     if not deployment.sim.blind:
         check_told(workload, deployment)
     fleet = build_fleet(workload, feed, deployment, recorder)
-    fleet.run(tick=tick)
+    fleet.run(tick=lambda fleet: tick(fleet.num_ended, fleet.agenda.now()))
 
 
 def check_told(workload: Workload, deployment: Deployment) -> None:
@@ -169,10 +169,10 @@ def build_fleet(
     )
 
 
-def pool_config(deployment: Deployment) -> PoolConfig:
-    """The same deployment under a pool planner."""
+def pool_config(workload: Workload, deployment: Deployment) -> PoolConfig:
+    """The same deployment under a pool planner. Raises ConfigError where it cannot run."""
     sim, profile, scheduler = deployment.sim, deployment.profile, deployment.engine.scheduler
-    model = profile.model
+    model, time = profile.model, deployment.time()
     values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     return PoolConfig(
         memory=KvMemory(
@@ -180,14 +180,31 @@ def pool_config(deployment: Deployment) -> PoolConfig:
         ),
         estimate=profile.bilinear,
         pool=sim.pool,
-        pool_options=sim.pool_options,
+        pool_options=(*_known_limits(workload, sim), *sim.pool_options),
         replicas=sim.replicas,
-        slice_time=profile.time,
+        padded_time=PaddedSlice(time),
+        slice_time=time,
         slice_len=scheduler.slice_steps,
         max_rows=scheduler.max_rows,
-        noise=sim.noise * profile.spread,
-        seed=sim.seed,
+        buckets=Buckets(serving_buckets(deployment.engine), tile=TILE),
     )
+
+
+def _known_limits(workload: Workload, sim: SimConfig) -> list[str]:
+    """Options of planners that must know the longest request beforehand: the workload's longest,
+    where nobody chose."""
+    parameters = POOLS[sim.pool].parameters if sim.pool in POOLS else None
+    known = {field.name for field in fields(parameters)} if parameters else set()
+    chosen = {option.partition("=")[0] for option in sim.pool_options}
+    wanted = known & {"max_input", "max_output"} - chosen
+    if not wanted:
+        return []
+    requests = list(workload.requests())
+    longest = {
+        "max_input": max((work.prompt_tokens for work in requests), default=1),
+        "max_output": max((work.max_tokens for work in requests), default=1),
+    }
+    return [f"{name}={longest[name]}" for name in sorted(wanted)]
 
 
 def with_page_size(engine: EngineConfig, profile: Profile) -> EngineConfig:

@@ -19,6 +19,8 @@ def scaled(
     rate: float | None = None,
     time_scale: float | None = None,
     length_scale: float = 1.0,
+    most_prompt: int = 0,
+    most_output: int = 0,
     num_requests: int | None = None,
     max_tokens: int = 0,
     max_context: int | None = None,
@@ -28,7 +30,9 @@ def scaled(
 
     `num_requests`: only the first so many. `time_scale` multiplies arrivals and think times (0.5:
     twice as fast), `rate` does so that there are so many requests per second; deadlines and aborts
-    stay. `length_scale` multiplies prompts, outputs and the size of a block, rounded up.
+    stay. `length_scale` multiplies prompts, outputs and the size of a block, rounded up; then
+    prompts of more than `most_prompt` tokens and outputs of more than `most_output` are cut to that
+    (0: not at all).
     `max_tokens` is the limit each request states, but never less than its output; 0: as it is,
     which for most workloads is exactly the output. `max_context`: no request has more tokens,
     prompt and stated limit together. A longer one is refused, or with `cut` made to fit: its
@@ -53,6 +57,8 @@ def scaled(
         numerator=ratio.numerator,
         denominator=ratio.denominator,
         old_block_size=workload.block_size,
+        most_prompt=most_prompt,
+        most_output=most_output,
         max_tokens=max_tokens,
         max_context=max_context,
         cut=cut,
@@ -120,6 +126,8 @@ class _Change:
     numerator: int
     denominator: int
     old_block_size: int
+    most_prompt: int
+    most_output: int
     max_tokens: int
     max_context: int | None
     cut: bool
@@ -134,8 +142,9 @@ class _Change:
                 f" {1 / self.old_block_size:g} times a whole number"
             )
             raise ConfigError(f"length_scale: got {scale:g}; allowed: {allowed}")
-        if self.max_tokens < 0:
-            raise ConfigError(f"max_tokens: got {self.max_tokens}; allowed: 0 or more")
+        for name in ("most_prompt", "most_output", "max_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}; allowed: 0 or more")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"max_context: got {self.max_context}; allowed: 2 or more")
 
@@ -146,8 +155,8 @@ class _Change:
     @property
     def only_fits(self) -> bool:
         """Times and lengths stay as they are, unless a request exceeds the context."""
-        same_lengths = self.numerator == self.denominator and not self.max_tokens
-        return same_lengths and self.time_scale == 1
+        chosen = self.max_tokens or self.most_prompt or self.most_output
+        return not chosen and self.numerator == self.denominator and self.time_scale == 1
 
     @property
     def nothing(self) -> bool:
@@ -168,6 +177,9 @@ class _Change:
             said["times multiplied by"] = f"{self.time_scale:g}"
         if self.numerator != self.denominator:
             said["lengths multiplied by"] = f"{self.numerator / self.denominator:g}"
+        for kind, most in (("prompts", self.most_prompt), ("outputs", self.most_output)):
+            if most:
+                said[f"{kind} cut to"] = f"{most} tokens"
         if self.max_tokens:
             said["stated limit"] = f"{self.max_tokens} tokens"
         if self.max_context is not None and self.cut:
@@ -184,7 +196,12 @@ class _Change:
             return work
         prompt = self._length(work.prompt_tokens)
         output = self._length(work.output_tokens)
-        limit = self.max_tokens or self._length(work.max_tokens)
+        limit = self._length(work.max_tokens)
+        if self.most_prompt:
+            prompt = min(prompt, self.most_prompt)
+        if self.most_output:
+            output, limit = min(output, self.most_output), min(limit, self.most_output)
+        limit = self.max_tokens or limit
         if context is not None:
             if self.cut and prompt + output > context:
                 output = min(output, context // 2)

@@ -69,6 +69,9 @@ def cheapest_mixed_cuts(
     """
     count = len(lengths)
     decode = of_slice(BilinearTime(Bilinear(0.0, 0.0, 0.0, 0.0), time.decode), steps)
+    longest = int(lengths[-1]) if count else 0
+    if by_mean and 0 < count <= most_rows and _one_is_best(decode, time.prefill, longest):
+        return [count]
     fresh_before = np.concatenate(([0], np.cumsum(prefills)))
     tokens_before = np.concatenate(([0], np.cumsum(lengths)))
     fresh_tokens_before = np.concatenate(([0], np.cumsum(lengths * prefills)))
@@ -91,6 +94,17 @@ def cheapest_mixed_cuts(
         best[end] = totals[size]
         size_of[end] = size + 1
     return _walk_back(size_of)
+
+
+def _one_is_best(decode: Bilinear, prefill: Bilinear, longest: int) -> bool:
+    """Whether two batches at mean lengths always cost more than both in one.
+
+    What is linear in rows and tokens is the same for both. Of the rest one batch has less by a
+    fixed cost and what a mean length costs, which is at most that of the longest row.
+    """
+    saved_s = decode.fixed + min(0.0, decode.length) * longest
+    both_s = saved_s + prefill.fixed + min(0.0, prefill.length) * longest
+    return saved_s > 0 and both_s > 0
 
 
 def _seconds(model: Bilinear, rows: np.ndarray, length: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ Nothing waits for an interval: new rows join at the end of any slice.
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,9 +71,6 @@ class _Sizes:
     def remove(self, length: int) -> None:
         self.rows -= 1
         self.tokens -= length
-
-    def with_one(self, length: int) -> "_Sizes":
-        return _Sizes(self.rows + 1, self.tokens + length, max(self.longest, length))
 
 
 @dataclass(slots=True)
@@ -221,23 +218,27 @@ class SclsResident(BasePlanner):
             )
             for instance, round_ in rounds.items()
         }
+        free = {instance: self._free(instance) for instance in rounds}
+        ends_s = {instance: self._ends_with_one(round_) for instance, round_ in rounds.items()}
         taken = 0
         for _, number in self._waiting:
             request = self._pool[number]
             pages = self._pages(request, self._slice_len)
             later = self._pages(request, self._slice_len + ahead) - pages
             fitting = [
-                instance
+                (ends_s[instance](request.length), instance)
                 for instance, round_ in rounds.items()
-                if self._free(instance) >= pages
-                and (not round_.rows or self._free(instance) >= pages + growth[instance] + later)
+                if free[instance] >= pages + (growth[instance] + later if round_.rows else 0)
+                and len(round_.rows) < self._setup.max_rows
             ]
             if not fitting:
                 break
-            instance = min(fitting, key=lambda it: self._ends_with_s(rounds[it], request))
+            _, instance = min(fitting)
             self._lease(instance, number, pages)
+            free[instance] -= pages
             growth[instance] += later
             rounds[instance].add(request, fresh=True)
+            ends_s[instance] = self._ends_with_one(rounds[instance])
             taken += 1
         del self._waiting[:taken]
 
@@ -256,11 +257,30 @@ class SclsResident(BasePlanner):
         """Estimated seconds of a round with rows, as one batch."""
         return self._mixed_s(round_.sizes, round_.fresh_sizes, self._slice_len)
 
-    def _ends_with_s(self, round_: _Round, request: PoolRequest) -> float:
-        """The same with one more row, which prefills."""
-        length = request.length
-        sizes, fresh = round_.sizes.with_one(length), round_.fresh_sizes.with_one(length)
-        return self._mixed_s(sizes, fresh, self._slice_len)
+    def _ends_with_one(self, round_: _Round) -> Callable[[int], float]:
+        """The same with one more row, which prefills, by its length; until the round changes.
+
+        In closed form, for a plan asks for every request and instance.
+        """
+        sizes, fresh, steps = round_.sizes, round_.fresh_sizes, self._slice_len
+        rows, fresh_rows = sizes.rows + 1, fresh.rows + 1
+        tokens, fresh_tokens = sizes.tokens, fresh.tokens
+        longest, fresh_longest = sizes.longest, fresh.longest
+        prefill, decode = self.time.prefill, self.time.decode
+        per_fresh = prefill.rows_length * fresh_rows + prefill.length
+        per_token = steps * (decode.rows_length * rows + decode.length)
+        once_s = prefill.seconds(fresh_rows, 0) + self.time.decode_s(rows, 0, steps)
+        mean = self._parameters.lengths == "mean"
+
+        def ends_s(length: int) -> float:
+            if mean:
+                at, fresh_at = (tokens + length) / rows, (fresh_tokens + length) / fresh_rows
+                at, fresh_at = round(at), round(fresh_at)
+            else:
+                at, fresh_at = max(longest, length), max(fresh_longest, length)
+            return once_s + per_fresh * fresh_at + per_token * at
+
+        return ends_s
 
     def _move(self, rounds: dict[int, _Round]) -> None:
         """Resident requests go where they end their slice so much earlier that it is worth it."""
@@ -273,9 +293,10 @@ class SclsResident(BasePlanner):
             others = [it for it in rounds if it != holder and self._free(it) >= pages]
             if not others:
                 return
-            there = min(others, key=lambda it: self._ends_with_s(rounds[it], request))
+            ends_there_s = {it: self._ends_with_one(rounds[it])(request.length) for it in others}
+            there = min(others, key=ends_there_s.__getitem__)
             recompute_s = self.time.prefill.seconds(1, request.length)
-            gain_s = ends_s - self._ends_with_s(rounds[there], request)
+            gain_s = ends_s - ends_there_s[there]
             if gain_s <= self._parameters.move_gain * recompute_s:
                 return
             self._forget(request)

@@ -49,7 +49,13 @@ class Static(Scls):
         super().__init__(like, setup, slice_len=parameters.max_output)
         self._limits = parameters
         longest = PoolRequest(0, 0.0, parameters.max_input, parameters.max_output)
-        super().check(longest)
+        most = self._most_tokens(longest)
+        if not self._rule.fits(1, most, 0):
+            raise ValueError(
+                f"max_input: got {parameters.max_input} beside max_output={parameters.max_output},"
+                f" for which {most} tokens must fit; allowed: {self._rule.memory.num_tokens} in"
+                " all, the KV memory of an instance under zeta"
+            )
         self._size = super()._batch_size([longest])
 
     def check(self, request: PoolRequest) -> None:

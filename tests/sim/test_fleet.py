@@ -224,3 +224,20 @@ def test_the_profile_and_the_pages_must_fit() -> None:
 def test_settings_are_judged(fields, message) -> None:
     with pytest.raises(ConfigError, match=message):
         SimConfig(**fields)
+
+
+@pytest.mark.parametrize("pool", ["static", "scls", "scls_resident"])
+def test_a_pool_serves_the_same_requests(pool: str) -> None:
+    """Whoever plans: `static` learns from the workload how long requests may be."""
+    workload = of(*(work(n, prompt_tokens=2000 + n, output_tokens=10 + n) for n in range(9)))
+    heard: list[int] = []
+    recorder = Recorder()
+    simulate(
+        workload,
+        Feed(workload),
+        deployment(replicas=2, pool=pool),
+        recorder,
+        tick=lambda num_ended, now_s: heard.append(num_ended),
+    )
+    assert delivered(recorder) == {it.number: it.output_tokens for it in workload.requests()}
+    assert heard[-1] == 9

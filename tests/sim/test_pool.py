@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.bench.scls_table import Case, Device, cases, measure
+from jaxserve.bench.scls_table import Case, cases, measure, profile_of
+from jaxserve.engine.buckets import Buckets, make_buckets
 from jaxserve.errors import ConfigError
 from jaxserve.report.recorder import Recorder
 from jaxserve.schedulers.estimators.bilinear import Bilinear, BilinearTime
 from jaxserve.schedulers.estimators.memory import KvMemory
 from jaxserve.schedulers.estimators.serving_time import SliceShape
-from jaxserve.sim.capped_ils import IlsConfig, simulate_ils
-from jaxserve.sim.padded_static import padded_static
+from jaxserve.schedulers.estimators.slice_time import NoisyTime
+from jaxserve.sim.padded_static import PaddedSlice, padded_static
 from jaxserve.sim.pool import PoolConfig, simulate_pool
 from jaxserve.sim.pool_executors import Row, continuous_slice
 from jaxserve.workload.feed import Feed
@@ -103,6 +104,11 @@ def config(pool: str = "scls", *options: str, **changed) -> PoolConfig:
     return PoolConfig(pool=pool, pool_options=(*POOLS[pool], *options), **fields)
 
 
+def noisy(pool: str, seed: int = 0, **changed) -> PoolConfig:
+    time = NoisyTime(PerToken(), spread=0.3, seed=seed)
+    return config(pool, slice_time=time, padded_time=PaddedSlice(time), **changed)
+
+
 def run(pool_config: PoolConfig, *requests: Work) -> Log:
     log = Log()
     simulate_pool(feed_of(*requests), pool_config, log)
@@ -133,7 +139,35 @@ def test_a_continuous_slice_pads_nothing() -> None:
             return 1.0
 
     continuous_slice([Row(5, 2, True), Row(7, 9, False)], 3, Sees())
-    assert seen == [SliceShape(3, 2, (6 + 7) + (8 + 9 + 10), 5, 1 + 2 + 3 + 4 + 5)]
+    assert seen == [SliceShape(3, 2, 6 + (7 + 8 + 9), 5, 1 + 2 + 3 + 4 + 5)]
+
+
+def test_a_continuous_slice_runs_in_the_engines_programs() -> None:
+    seen = []
+
+    class Sees(PerToken):
+        def slice_s(self, shape: SliceShape) -> float:
+            seen.append((shape.rows, shape.prefill_tokens))
+            return 1.0
+
+    buckets = Buckets(make_buckets(16, 4), tile=8)
+    for prompts in ([5, 9], [30, 30], []):
+        rows = [Row(length, 2, True) for length in prompts] + [Row(7, 9, False)]
+        continuous_slice(rows, 3, Sees(), buckets)
+    assert seen == [(16, 4 * 8), (8, 2 * 4 * 8), (1, 0)]
+
+
+def test_a_padded_batch_takes_what_its_device_takes() -> None:
+    seen = []
+
+    class Sees(PerToken):
+        def slice_s(self, shape: SliceShape) -> float:
+            seen.append(shape)
+            return 1.0
+
+    assert PaddedSlice(Sees()).slice_s(2, 5, 3) == 1.0 + 0.5
+    # The first of three tokens comes from the prompts; then rows attend to 6 and 7.
+    assert seen == [SliceShape(3, 2, 2 * (6 + 7), 2 * 5, 2 * (1 + 2 + 3 + 4 + 5))]
 
 
 def test_nobody_left_takes_no_time() -> None:
@@ -196,7 +230,7 @@ def test_everybody_ends_once(pool: str, requests: list, replicas: int, seed: int
         )
         for number, ((prompt, output, more), _, abort_s, deadline_s) in enumerate(requests)
     ]
-    runs = [run(config(pool, replicas=replicas, noise=0.3, seed=seed), *sent) for _ in range(2)]
+    runs = [run(noisy(pool, seed, replicas=replicas), *sent) for _ in range(2)]
     log = runs[0]
     assert log.reasons.keys() == {each.number for each in sent}
     for each in sent:
@@ -228,7 +262,7 @@ def test_who_can_never_fit_is_refused_and_the_rest_served() -> None:
 def test_planners_never_see_what_a_request_will_make() -> None:
     starts = []
     for output in (1, 20):
-        log = run(config("static", noise=0.1), *(work(n, 3 + n, output, 20) for n in range(20)))
+        log = run(noisy("static"), *(work(n, 3 + n, output, 20) for n in range(20)))
         first = [each for each in log.batches if each["begin_s"] == 0]
         starts.append([(each["replica"], each["rows"], each["prefill_tokens"]) for each in first])
     assert starts[0] == starts[1]
@@ -247,6 +281,17 @@ def test_a_wrong_estimate_is_refined() -> None:
         log = run(truth, *(work(n, 3 + n % 9, 9, arrival_s=400.0 * n) for n in range(40)))
         errors[refine] = log.replicas[0]["estimator_error"]
     assert errors["false"] == pytest.approx(0.5) and errors["true"] < 0.1
+
+
+def test_who_waits_for_the_simulation_hears_how_far_it_is() -> None:
+    heard: list[tuple[int, float]] = []
+    requests = [work(n, 6, 4, arrival_s=1000.0 * n) for n in range(3)]
+
+    def tick(num_ended: int, now_s: float) -> None:
+        heard.append((num_ended, now_s))
+
+    simulate_pool(feed_of(*requests), config(), Log(), tick=tick)
+    assert heard == sorted(heard) and heard[0][0] == 0 and heard[-1][0] == 3
 
 
 class OneAtATime(Feed):
@@ -279,7 +324,6 @@ def test_a_closed_loop_is_fed_by_ends() -> None:
     ("pool", "changed", "message"),
     [
         ("scls", {"replicas": 0}, "replicas: got 0; allowed: 1 to 10000"),
-        ("scls", {"noise": 2.0}, "noise: got 2.0; allowed: a number in"),
         ("scls_resident", {"slice_time": None}, "slice_time: got None; allowed: a time of slices"),
         ("scls", {"estimate": BilinearTime(Bilinear(0.0, 0.0, -1.0, 9.0), TIME.decode)}, None),
         ("static", {"memory": KvMemory(4, 2, 1)}, "the KV memory of an instance under zeta"),
@@ -297,48 +341,28 @@ def test_what_cannot_run_is_refused_before_it_runs(
         config(pool, **changed)
 
 
-# ------------------------------------------------------------------------------------------ ils
-
-
-def test_ils_lets_new_rows_in_between_steps() -> None:
-    log = Log()
-    ils = IlsConfig(memory=KvMemory(100, 1, 1), slice_time=PerToken(), replicas=1, max_rows=2)
-    requests = work(0, 3, 10), work(1, 2, 1, arrival_s=6.2), work(2, 1, 1, arrival_s=6.3)
-    simulate_ils(feed_of(*requests), ils, log)
-    # Row 0 computes 3 tokens and a step, and is cut at 7; row 1's step ends at 10; then row 2's.
-    assert log.at_s[1][1:] == [10.0, 10.0] and log.at_s[2][1:] == [12.0, 12.0]
-    assert log.at_s[0][-1] == 16.0 and log.tokens == {0: 10, 1: 1, 2: 1}
-
-
-@pytest.mark.parametrize("reserve", ["max", "prompt"])
-def test_ils_ends_everybody_and_stays_within_memory(reserve) -> None:
-    log = Log()
-    ils = IlsConfig(
-        memory=KvMemory(40, 1, 1), slice_time=PerToken(), max_rows=9, replicas=2, reserve=reserve
-    )
-    requests = [work(n, 1 + 5 * n % 17, 1 + 7 * n % 20, 20, arrival_s=3.0 * n) for n in range(40)]
-    simulate_ils(feed_of(*requests, work(40, 30, 20, arrival_s=200.0)), ils, log)
-    assert log.reasons.pop(40) == "refused" and len(log.reasons) == 40
-    assert all(log.tokens[each.number] == each.output_tokens for each in requests)
-    preempted = sum(counters["preemptions"] for counters in log.replicas.values())
-    assert (preempted > 0) == (reserve == "prompt")
-
-
 # ---------------------------------------------------------------------------------- the table
 
 
 def test_the_table_in_small() -> None:
-    trace = [(0.1 * n, 50 + 37 * n % 900, 10 + 91 * n % 400) for n in range(400)]
-    device = Device.a100_13b()
+    outputs = [150 if number % 10 == 0 else 10 for number in range(400)]
+    requests = [work(n, 50 + 37 * n % 900, output, 1024) for n, output in enumerate(outputs)]
+    workload = Workload(name="made", requests=lambda: iter(requests), num_requests=400)
+    profile = profile_of(noise=0.05)
     names = ("sls", "ils", "scls lb", "scls_resident")
     assert set(names) <= {case.name for case in cases([128])}
-    lines = {
-        name: measure(
-            Case(name, 128), trace, device, trace="made", count=400, rates={0: 100.0}, noise=0.05
-        )
-        for name in names
-    }
+    lines = {name: measure(Case(name, 64), {0: workload}, profile) for name in names}
     speed = {name: line["requests_per_s"] for name, line in lines.items()}
-    assert speed["sls"] < speed["scls lb"] < speed["scls_resident"]
+    assert speed["sls"] < speed["scls lb"] < min(speed["ils"], speed["scls_resident"])
     assert lines["sls"]["invalid_per_request"] > lines["scls lb"]["invalid_per_request"] > 0
     assert lines["scls_resident"]["pad_per_request"] == lines["ils"]["pad_per_request"] == 0
+    # Steps are delivered one by one only where they run one by one.
+    assert lines["ils"]["gap_p99_s"] < 0.2 < lines["scls lb"]["gap_p99_s"]
+
+
+def test_a_slower_engine_is_slower_by_the_same_in_every_step() -> None:
+    fast, slow = profile_of(), profile_of(overhead_s=0.02)
+    shape = SliceShape(10, 4, 4 * 10 * 100, 400)
+    assert slow.time.slice_s(shape) - fast.time.slice_s(shape) == pytest.approx(10 * 0.02)
+    estimates = [each.bilinear.slice_s(4, 100, 9) for each in (fast, slow)]
+    assert estimates[1] - estimates[0] == pytest.approx(10 * 0.02)

@@ -127,3 +127,14 @@ def test_what_cannot_be_is_refused(settings: dict, message: str) -> None:
 def test_a_rate_needs_arrivals_apart() -> None:
     with pytest.raises(ConfigError, match="rate: got 2.0; allowed: unset, for small has no rate"):
         scaled(of([one(1, 1)]), rate=2.0)
+
+
+def test_prompts_and_outputs_are_cut_each_to_its_most() -> None:
+    works = [one(900, 20, blocks=tuple(range(9))), replace(one(50, 300), max_tokens=400)]
+    cut = scaled(of(works, block_size=100), most_prompt=450, most_output=200)
+    lengths = [(it.prompt_tokens, it.output_tokens, it.max_tokens) for it in cut.requests()]
+    assert lengths == [(450, 20, 20), (50, 200, 200)]
+    assert [it.blocks for it in cut.requests()] == [(0, 1, 2, 3, 4), ()]
+    assert cut.described == {"prompts cut to": "450 tokens", "outputs cut to": "200 tokens"}
+    with pytest.raises(ConfigError, match="most_prompt: got -1; allowed: 0 or more"):
+        scaled(of(works), most_prompt=-1)

@@ -1,5 +1,7 @@
 """Batches by dynamic programming: the best there are, in time, and the worked example."""
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
@@ -224,3 +226,46 @@ def test_without_padding_resident_rows_run_together() -> None:
         for by_mean in (False, True)
     }
     assert cut[True] == [4] and len(cut[False]) > 1
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=6),
+    time=times,
+    most_rows=st.integers(1, 6),
+    falls=st.integers(0, 3),
+)
+def test_no_runs_of_mixed_rows_are_better(
+    rows: list[tuple[int, bool]], time: BilinearTime, most_rows: int, falls: int
+) -> None:
+    """At mean lengths, also for a prefill that gets a little faster with its length."""
+    falling = dataclasses.replace(time.prefill, length=-float(falls))
+    time = BilinearTime(falling, time.decode)
+    rows = sorted(rows)
+    lengths, fresh = (np.array(column) for column in zip(*rows, strict=True))
+
+    def cost(ends: tuple[int, ...]) -> float:
+        seconds = 0.0
+        for begin, end in itertools.pairwise((0, *ends)):
+            part, prefills = lengths[begin:end], lengths[begin:end][fresh[begin:end]]
+            seconds += time.decode_s(len(part), 0, STEPS)
+            per_row = time.decode_s(len(part), 1, STEPS) - time.decode_s(len(part), 0, STEPS)
+            seconds += per_row * part.mean()
+            if len(prefills):
+                at, once = prefills.mean(), time.prefill.seconds(len(prefills), 0)
+                seconds += once + at * (time.prefill.seconds(len(prefills), 1) - once)
+        return seconds
+
+    count = len(rows)
+    runs = [
+        (*inner, count)
+        for size in range(count)
+        for inner in itertools.combinations(range(1, count), size)
+    ]
+    allowed = [
+        ends for ends in runs if all(b - a <= most_rows for a, b in itertools.pairwise((0, *ends)))
+    ]
+    found = cheapest_mixed_cuts(
+        lengths, fresh, time, by_mean=True, most_rows=most_rows, steps=STEPS
+    )
+    assert tuple(found) in allowed
+    assert cost(tuple(found)) == pytest.approx(min(map(cost, allowed)))
