@@ -20,10 +20,13 @@ from jaxserve.schedulers.estimators.roofline_time import DEVICES
 from jaxserve.schedulers.pool.catalog import POOLS
 from jaxserve.schedulers.presets import PRESETS, fill_fleet_preset, fill_preset
 from jaxserve.server_config import (
+    AGAINST,
+    BENCH_APIS,
     CLIENT_METRICS,
     CONVERT_DTYPES,
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
+    BenchConfig,
     ConvertConfig,
     GenerateConfig,
     KeyConfig,
@@ -99,6 +102,10 @@ def _order(name: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
 
 def _sampling(name: str, text: str) -> Flag:
     return Flag(name, SamplingParams, name, text)
+
+
+def _bench(name: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, BenchConfig, name, text, choices)
 
 
 def _workload(name: str, path: str, text: str, choices: tuple[str, ...] = ()) -> Flag:
@@ -334,6 +341,45 @@ SAMPLING: Final = Group(
         _sampling("stop", "string that ends the text; repeatable"),
         _sampling("include_stop", "print the stop string as well"),
         _sampling("ignore_eos", "go on after the model's end of sequence"),
+    ),
+)
+BENCH: Final = Group(
+    "load client",
+    (
+        _bench("server", "host:port, HTTP also a URL; empty: 127.0.0.1:8470, HTTP 8471"),
+        _bench("api", "what the server speaks", BENCH_APIS),
+        _bench("served_model", "name to ask for; empty: the server's first"),
+        _bench("api_key", "key for the server; better in JAXSERVE_API_KEY"),
+        _bench("client_keys", "file of lines client=key; empty: --api_key for all"),
+        _bench("vocab_size", "token ids to draw from; unset: as the server says"),
+        _bench("max_context", "longest prompt and answer; unset: as the server says"),
+        _bench("connections", "HTTP/2 connections of gRPC, used by turns"),
+        _bench("temperature", "0: always the likeliest token"),
+        _bench("ignore_eos", "ask for answers of full length; false: a server refuses it"),
+        _bench("send_s", "stop sending after so many seconds; 0: at the workload's end"),
+        _bench("grace_s", "longest wait for answers after the last request was sent"),
+        _bench("repeat", "runs with seeds of their own; shows means and intervals"),
+        _bench("against", "also simulate the workload, and show the errors", AGAINST[1:]),
+    ),
+)
+AGAINST_SIMULATION: Final = Group(
+    "against=simulate",
+    tuple(
+        flag
+        for flag in SIMULATION.flags
+        if flag.name in ("profile", "noise", "blind", "submit_s", "deliver_s")
+    ),
+)
+SWEEP: Final = Group(
+    "rate sweep",
+    (
+        _bench("sweep", "try rates until the server cannot keep up; shows the knee"),
+        _bench("sweep_from", "first rate, requests/s; then doubled"),
+        _bench("sweep_to", "highest rate, requests/s"),
+        _bench("sweep_s", "steady window of a rate, seconds"),
+        _bench("sweep_warm_up_s", "seconds before it that do not count"),
+        _bench("sweep_share", "share of requests that must meet the limits, if there are any"),
+        _bench("sweep_tolerance", "how closely the knee is found, as a share of it"),
     ),
 )
 WORKLOAD: Final = Group(

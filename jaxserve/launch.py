@@ -48,6 +48,12 @@ COMMANDS: Final = {
         'jaxserve generate --prompt="ROMEO:" --server=127.0.0.1:8470',
         (table.PROMPT, table.SAMPLING, table.MODEL, table.MEMORY),
     ),
+    "bench": Command(
+        "load a server, ours or any of OpenAI's dialect, and measure it",
+        "jaxserve.bench.load_command",
+        "jaxserve bench --server=127.0.0.1:8470 --rate=8 --html=run.html",
+        (table.BENCH, table.AGAINST_SIMULATION, table.SWEEP, table.WORKLOAD, table.OUTPUT),
+    ),
     "simulate": Command(
         "run a workload on simulated replicas, and report what clients would see",
         "jaxserve.sim.command",

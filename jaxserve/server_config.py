@@ -16,6 +16,9 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "neutral")
 CLIENT_METRICS = ("auto", "on", "off")
 CONVERT_DTYPES = ("auto", "bfloat16", "float32")
+BENCH_APIS = ("grpc", "openai", "openai-chat")
+AGAINST = ("", "simulate")
+MOST_REPEATS = 100
 
 
 def _require(condition: bool, field: str, got: object, allowed: str) -> None:
@@ -201,3 +204,68 @@ class KeyConfig:
     def priorities(self) -> list[int]:
         """Least and most, or nothing."""
         return [int(part) for part in self.priority.split(",")] if self.priority else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """The load client: which server, how it is asked, and which runs are made.
+
+    `server` "" is this machine's default port of the dialect. `served_model` "" is the server's
+    only (or first) model. `api_key` stands for every client that the file `client_keys` does not
+    name. `vocab_size` and `max_context` None: what the server says. `send_s` 0 sends the whole
+    workload. A sweep tries rates from `sweep_from` to `sweep_to` requests/s, each for
+    `sweep_warm_up_s` and then `sweep_s` seconds.
+    """
+
+    server: str = ""
+    api: str = "grpc"
+    served_model: str = ""
+    api_key: str = ""
+    client_keys: str = ""
+    vocab_size: int | None = None
+    max_context: int | None = None
+    connections: int = 4
+    temperature: float = 0.0
+    ignore_eos: bool = True
+    send_s: float = 0.0
+    grace_s: float = 60.0
+    repeat: int = 1
+    against: str = ""
+    sweep: bool = False
+    sweep_from: float = 1.0
+    sweep_to: float = 1000.0
+    sweep_s: float = 30.0
+    sweep_warm_up_s: float = 5.0
+    sweep_share: float = 0.95
+    sweep_tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(self.api in BENCH_APIS, "api", self.api, ", ".join(BENCH_APIS))
+        for field in ("vocab_size", "max_context"):
+            value = getattr(self, field)
+            _require(value is None or value >= 8, field, value, "8 or more, or unset")
+        _require(1 <= self.connections <= 256, "connections", self.connections, "1 to 256")
+        _require(0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
+        for field in ("send_s", "grace_s", "sweep_warm_up_s"):
+            value = getattr(self, field)
+            good = math.isfinite(value) and value >= 0
+            _require(good, field, value, "0 or more seconds")
+        _require(1 <= self.repeat <= MOST_REPEATS, "repeat", self.repeat, f"1 to {MOST_REPEATS}")
+        _require(self.repeat == 1 or not self.sweep, "repeat", self.repeat, "1, with --sweep")
+        _require(self.against in AGAINST, "against", self.against, "simulate, or empty")
+        alone = self.repeat == 1 and not self.sweep and not self.send_s
+        allowed = "empty, with --sweep, --repeat or --send_s"
+        _require(alone or not self.against, "against", self.against, allowed)
+        for field in ("sweep_from", "sweep_to", "sweep_s", "sweep_tolerance"):
+            value = getattr(self, field)
+            _require(math.isfinite(value) and value > 0, field, value, "a positive number")
+        least = self.sweep_from
+        _require(
+            least <= self.sweep_to, "sweep_to", self.sweep_to, f"sweep_from ({least:g}) or more"
+        )
+        _require(0 < self.sweep_share <= 1, "sweep_share", self.sweep_share, "a number in (0, 1]")
+
+    @property
+    def address(self) -> str:
+        """`server`, or the default of its dialect."""
+        return self.server or ("127.0.0.1:8470" if self.api == "grpc" else "127.0.0.1:8471")

@@ -245,6 +245,8 @@ class PagePool:
         """The results of all dispatches up to `dispatch` are on the host."""
         assert dispatch > self._parsed, f"dispatch {dispatch} was parsed before"
         self._parsed = dispatch
+        if not self._retiring:
+            return
         for number in sorted(n for n in self._retiring if n <= dispatch):
             for lease in self._retiring.pop(number):
                 self._num_retiring -= len(lease.pages) - lease.num_shared

@@ -238,7 +238,8 @@ class PrefixTree:
         first = self._last_seq - len(self._events) + 1
         if not first - 1 <= seq <= self._last_seq:
             return Gap(first, self._last_seq)
-        return Resumed(tuple(islice(self._events, seq - first + 1, None)))
+        newest = islice(reversed(self._events), self._last_seq - seq)  # few of many, as a rule
+        return Resumed(tuple(newest)[::-1])
 
     def snapshot(self) -> Snapshot:
         """All cached keys, and the number to go on from; O(cached)."""

@@ -31,7 +31,7 @@ ENOUGH_SLICES: Final = 100
 """Measured slices from which on a prediction may refuse a request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SlicingView:
     """What the next slice would hold.
 
@@ -49,7 +49,7 @@ class SlicingView:
     cut_prompts: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SliceLength:
     """At most `steps` steps; the slice ends early when `quorum` rows are done. `depth` is how many
     slices may be in flight: 2 hides the host's work, 1 lets finished rows be replaced sooner."""

@@ -6,7 +6,6 @@ schedulers start without it, and processes that a test starts are as strict as t
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -57,8 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def write_profile(tmp_path: Path) -> Callable[..., str]:
+@pytest.fixture(scope="session")
+def write_profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Writes a profile of a named shape whose slices take `step_s` a step, and returns its path."""
 
     def write(shape: str, *, step_s: float) -> str:
@@ -68,7 +67,7 @@ def write_profile(tmp_path: Path) -> Callable[..., str]:
         from jaxserve.schedulers.estimators.fitted_time import Curve, FitError, FittedTime
 
         nothing = FitError(0.0, 0.0, 1)
-        path = tmp_path / f"{shape}.json"
+        path = tmp_path_factory.mktemp("profile") / f"{shape}.json"
         Profile(
             kind=MEASURED,
             model_name=shape,

@@ -251,19 +251,19 @@ class EngineCore:
     def _take_in(self, flight: _InFlight, result: SliceResult, now_s: float) -> int:
         """Tokens go to their sequences, then policies hear of them, then ends are ends. How many
         rows ended on the device."""
-        tokens = result.tokens[: result.steps_run].T.tolist()
-        counts, codes = result.counts.tolist(), result.codes.tolist()
+        tokens, codes = result.tokens, result.codes
         ran: list[Ran] = []
         ending: list[tuple[Sequence, int]] = []
         done, evicting = Phase.DONE, Phase.EVICTING
         for place, row in enumerate(flight.rows):
             row.ahead -= flight.steps[place]
-            phase, count = row.phase, counts[place]
+            phase, made = row.phase, tokens[place]
             if phase is done:
                 continue
-            if count:
-                job, made = row.job, tokens[place][:count]
-                row.add(made)
+            if made:
+                job, count = row.job, len(made)
+                row.made += made
+                row.length += count
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
@@ -275,7 +275,7 @@ class EngineCore:
         if ran:
             self.order.on(Enact(ran))
         for row, place in ending:
-            self._leave_slice(row, tokens[place][: counts[place]], result, place, now_s)
+            self._leave_slice(row, tokens[place], result, place, now_s)
         return len(codes) - codes.count(Code.RUNNING)
 
     def _note_first_token(self, job: Job, now_s: float) -> None:
@@ -287,7 +287,7 @@ class EngineCore:
         self, row: Sequence, tokens: list[int], result: SliceResult, place: int, now_s: float
     ) -> None:
         """Of a row that ended, or that is preempted once its last slice is parsed."""
-        job, code = row.job, Code(int(result.codes[place]))
+        job, code = row.job, Code(result.codes[place])
         if code is not Code.RUNNING:
             if code is not Code.ERROR:
                 self.admission.finished(job.request.client, len(row.made))

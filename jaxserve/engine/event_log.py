@@ -1,6 +1,6 @@
 """What went into a core and what it planned, one JSON object a line, so that it can be replayed.
 
-One schema, `jaxserve.events/1`. Every line has `event` and `now_s`:
+One schema, `jaxserve.events/2`. Every line has `event` and `now_s`:
     open      schema, and the core's configuration
     submit    a request
     abort, limit
@@ -24,7 +24,7 @@ from jaxserve.engine.plan import Chunk, RowPlan, RowStart, SlicePlan, SliceResul
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.request import FinishReason, Request, SamplingParams
 
-SCHEMA = "jaxserve.events/1"
+SCHEMA = "jaxserve.events/2"
 
 
 class EventLog:
@@ -202,9 +202,8 @@ def result_to_json(result: SliceResult) -> dict[str, Any]:
     return {
         "number": result.number,
         "steps_run": result.steps_run,
-        "tokens": result.tokens[: result.steps_run].tolist(),
-        "counts": result.counts.tolist(),
-        "codes": result.codes.tolist(),
+        "tokens": result.tokens,
+        "codes": result.codes,
         "slice_s": result.slice_s,
         "host_s": result.host_s,
         "rows_run": result.rows_run,
@@ -213,5 +212,4 @@ def result_to_json(result: SliceResult) -> dict[str, Any]:
 
 
 def result_from_json(fields: dict[str, Any]) -> SliceResult:
-    arrays = {name: np.array(fields[name], np.int32) for name in ("tokens", "counts", "codes")}
-    return SliceResult(**{**fields, **arrays})
+    return SliceResult(**fields)

@@ -226,12 +226,12 @@ class JaxExecutor:
         counts, codes = packed[steps * rows : -1].reshape(2, rows)
         place = np.argsort(ticket.order)
         steps_run = int(packed[-1])
+        of_row = tokens[:steps_run, place].T.tolist()
         return SliceResult(
             number=ticket.plan.number,
             steps_run=steps_run,
-            tokens=tokens[:steps_run, place],
-            counts=counts[place],
-            codes=codes[place],
+            tokens=[made[:n] for made, n in zip(of_row, counts[place].tolist(), strict=True)],
+            codes=codes[place].tolist(),
             slice_s=ready_s - busy_since_s,
             rows_run=rows,
             prefill_run=ticket.bucket.tiles * self._shape.tile,

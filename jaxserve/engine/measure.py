@@ -106,7 +106,7 @@ class SliceBench:
         shape = slice_shape(
             plan,
             lengths=[*contexts, *(start + size for start, size in point.chunks)],
-            counts=result.counts.tolist(),
+            counts=[len(made) for made in result.tokens],
             steps_run=result.steps_run,
             rows_run=result.rows_run,
             prefill_run=result.prefill_run,

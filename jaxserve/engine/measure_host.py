@@ -123,14 +123,15 @@ def _shape(plan: SlicePlan, result: dict[str, Any], lengths: dict[int, int]) -> 
     for row in plan.rows:
         if row.start is not None:
             lengths[row.slot] = row.start.prompt.size + len(row.start.made)
+    counts = [len(made) for made in result["tokens"]]
     shape = slice_shape(
         plan,
         lengths=[lengths.get(row.slot, 0) for row in plan.rows],
-        counts=result["counts"],
+        counts=counts,
         steps_run=result["steps_run"],
         rows_run=result["rows_run"],
         prefill_run=result["prefill_run"],
     )
-    for row, count in zip(plan.rows, result["counts"], strict=True):
+    for row, count in zip(plan.rows, counts, strict=True):
         lengths[row.slot] = lengths.get(row.slot, 0) + count
     return shape

@@ -62,19 +62,20 @@ class RowPlan:
     start: RowStart | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SlicePlan:
-    """One dispatch. `copies` (from page, to page) are made before anything else."""
+    """One dispatch. `copies` (from page, to page) are made before anything else. Never changed."""
 
     number: int
     steps: int
     quorum: int
     rows: tuple[RowPlan, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    num_prefill_tokens: int = field(init=False)
 
-    @property
-    def num_prefill_tokens(self) -> int:
-        return sum(row.chunk.tokens.size for row in self.rows if row.chunk is not None)
+    def __post_init__(self) -> None:
+        chunks = [row.chunk for row in self.rows if row.chunk is not None]
+        self.num_prefill_tokens = sum([chunk.tokens.size for chunk in chunks])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,16 +91,16 @@ class SliceLogprobs:
 class SliceResult:
     """What a slice did, rows in the plan's order. Only the driver changes it: it knows `host_s`.
 
-    `tokens` is int32 [S, B]; row b made `counts[b]` of them, from the top. `codes[b]` is a `Code`.
+    `tokens[b]` are those that row b made, `codes[b]` is a `Code`; lists, which is what the core
+    goes through row by row.
     `slice_s` is the time the device was busy with it, `host_s` the host's work around it.
     `rows_run` and `prefill_run` are the bucket that really ran.
     """
 
     number: int
     steps_run: int
-    tokens: np.ndarray
-    counts: np.ndarray
-    codes: np.ndarray
+    tokens: list[list[int]]
+    codes: list[int]
     slice_s: float
     host_s: float = 0.0
     rows_run: int = 0

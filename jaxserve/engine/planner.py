@@ -145,17 +145,27 @@ class Planner:
     # Rows that decode already.
 
     def _plan_decode(self, rows: list[Sequence], steps: int) -> None:
-        size, decode = self._pool.page_size, Phase.DECODE
+        size, decode, number = self._pool.page_size, Phase.DECODE, self._number
+        plans, sequences, touch = self._rows, self._sequences, self._pool.touch
         for row in self._victims_last(rows):
             if row.phase is not decode:  # preempted for somebody in front of it
                 continue
             known, lease = row.length + row.ahead, row.lease
             assert lease is not None
-            allowed = min(steps, row.step_limit or steps, row.max_length - known)
-            if known + allowed - 1 > len(lease.pages) * size:
+            allowed = row.max_length - known
+            if allowed > steps:
+                allowed = steps
+            if row.step_limit and allowed > row.step_limit:
+                allowed = row.step_limit
+            pages = lease.pages
+            if known + allowed - 1 > len(pages) * size:
                 allowed = self._grow_or_preempt(row, allowed)
-            if allowed:
-                self._add(row, allowed)
+            if allowed:  # as `_add`, without its cases
+                touch(lease, number)
+                row.last_slice = number
+                row.ahead += allowed
+                plans.append(RowPlan(row.slot, allowed, len(pages) * size, pages))
+                sequences.append(row)
 
     def _grow_or_preempt(self, row: Sequence, steps: int) -> int:
         """Steps the row's lease covers once it has grown as far as pages allow."""

@@ -83,8 +83,8 @@ class ScriptedExecutor:
 
     def _run(self, plan: SlicePlan) -> SliceResult:
         num_rows = len(plan.rows)
-        tokens = np.zeros((plan.steps, num_rows), np.int32)
-        counts, codes = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        tokens: list[list[int]] = [[] for _ in plan.rows]
+        codes: list[int] = [Code.RUNNING] * num_rows
         for plan_row in plan.rows:
             if plan_row.start is not None:
                 start = plan_row.start
@@ -93,33 +93,31 @@ class ScriptedExecutor:
                 self._rows[plan_row.slot] = _Row(start, last, length)
         lengths = [self._length(row) for row in plan.rows]
         step = 0
-        while step < plan.steps and int(np.sum(codes != Code.RUNNING)) < plan.quorum:
-            active = [b for b, row in enumerate(plan.rows) if self._active(row, int(counts[b]))]
+        while step < plan.steps and num_rows - codes.count(Code.RUNNING) < plan.quorum:
+            active = [b for b, row in enumerate(plan.rows) if self._active(row, len(tokens[b]))]
             if not active:
                 break
             for b in active:
                 row = self._rows[plan.rows[b].slot]
-                tokens[step, b], codes[b] = self._step(row)
-                counts[b] += 1
+                token, codes[b] = self._step(row)
+                tokens[b].append(token)
             step += 1
         steps_run = max(step, 1)  # prompts alone are one step
         slice_s, rows_run, prefill_run = 1e-3 * steps_run, num_rows, plan.num_prefill_tokens
         if self._pace is not None:
-            shape = self._pace.shape(
-                plan, lengths=lengths, counts=counts.tolist(), steps_run=steps_run
-            )
+            counts = [len(made) for made in tokens]
+            shape = self._pace.shape(plan, lengths=lengths, counts=counts, steps_run=steps_run)
             slice_s = self._pace.time.slice_s(shape)
             rows_run, prefill_run = shape.rows, shape.prefill_tokens
         return SliceResult(
             number=plan.number,
             steps_run=steps_run,
             tokens=tokens,
-            counts=counts,
             codes=codes,
             slice_s=slice_s,
             rows_run=rows_run,
             prefill_run=prefill_run,
-            logprobs=_even_logprobs(tokens, self._vocab_size),
+            logprobs=_even_logprobs(steps_run, num_rows, self._vocab_size),
         )
 
     def _length(self, plan_row: RowPlan) -> int:
@@ -149,11 +147,11 @@ class ScriptedExecutor:
         return token, code
 
 
-def _even_logprobs(tokens: np.ndarray, vocab_size: int) -> SliceLogprobs:
+def _even_logprobs(steps: int, rows: int, vocab_size: int) -> SliceLogprobs:
     """As if every token were equally likely."""
     even = np.float32(-np.log(vocab_size))
     top_ids = np.broadcast_to(
-        np.arange(MAX_TOP_LOGPROBS, dtype=np.int32), (*tokens.shape, MAX_TOP_LOGPROBS)
+        np.arange(MAX_TOP_LOGPROBS, dtype=np.int32), (steps, rows, MAX_TOP_LOGPROBS)
     )
     top = np.full(top_ids.shape, even, np.float32)
-    return SliceLogprobs(np.full(tokens.shape, even, np.float32), top_ids, top)
+    return SliceLogprobs(np.full((steps, rows), even, np.float32), top_ids, top)

@@ -1,7 +1,6 @@
 """A request inside the engine, and the sequences (samples) it consists of."""
 
 import enum
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,11 +51,6 @@ class Sequence:
     def remaining(self) -> int:
         """The most tokens it may still make beyond those the host knows."""
         return self.max_length - self.length
-
-    def add(self, tokens: Iterable[int]) -> None:
-        """Output the host has come to know."""
-        self.made.extend(tokens)
-        self.length = self.job.request.prompt.size + len(self.made)
 
     def keep(self, num_tokens: int) -> None:
         """Forget all output behind the first `num_tokens`."""

@@ -106,6 +106,7 @@ def _model_body(desk: Desk) -> dict[str, Any]:
         "created": 0,
         "owned_by": "jaxserve",
         "max_model_len": model.max_context,
+        "vocab_size": model.vocab_size,
     }
 
 

@@ -2,24 +2,22 @@
 
 from collections.abc import Sequence
 
-from jaxserve.schedulers.prefix_tree import Cleared, Gap, KvEvent, PrefixTree, Stored
+from jaxserve.schedulers.prefix_tree import KvEvent, PrefixTree
 
 
 class CacheEvents:
-    """Reads a prefix tree's events from the first on."""
+    """Hears what happens to a prefix tree, beside whoever hears of it already."""
 
     def __init__(self, tree: PrefixTree):
-        self._tree = tree
-        self._after = 0
+        self._others = tree.on_change
+        self._events: list[KvEvent] = []
+        tree.on_change = self._note
+
+    def _note(self, event: KvEvent) -> None:
+        self._others(event)
+        self._events.append(event)
 
     def pull(self) -> Sequence[KvEvent]:
-        """All that happened since the last call; where that is not kept, all that is cached."""
-        found = self._tree.events_since(self._after)
-        if isinstance(found, Gap):
-            snapshot = self._tree.snapshot()
-            self._after = snapshot.seq
-            stored = (Stored(snapshot.seq, parent, (key,)) for parent, key in snapshot.pages)
-            return (Cleared(snapshot.seq), *stored)
-        if found.events:
-            self._after = found.events[-1].seq
-        return found.events
+        """All that happened since the last call."""
+        events, self._events = self._events, []
+        return events

@@ -5,7 +5,7 @@ replica had goes on elsewhere, prompt and delivered tokens together as a new pro
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +103,12 @@ class FleetSimulation:
         for replica in self._replicas:
             if replica.process is not None:
                 self._recorder.replica(replica.index, replica.process.core.statistics().values())
+
+    def cores(self) -> Iterator[EngineCore]:
+        """Of the replicas that are up."""
+        for replica in self._replicas:
+            if replica.process is not None:
+                yield replica.process.core
 
     def step(self, most: int = 10_000) -> bool:
         """At most so many events; whether there is more to do."""

@@ -7,8 +7,6 @@ beforehand, as the device's secret: no policy hears of it before the token that 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from jaxserve.clock import Clock
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.plan import Code, RowStart, SlicePlan, SliceResult
@@ -147,37 +145,35 @@ class ModelledExecutor:
         chunk_tokens: list[int],
         chunk_attended: int,
     ) -> tuple[SliceResult, SliceShape, int]:
-        num_rows = len(rows)
-        counts, codes, first = [0] * num_rows, [0] * num_rows, [0] * num_rows
-        tokens = np.empty((steps_run, num_rows), np.int32)
+        codes: list[int] = [Code.RUNNING] * len(rows)
+        tokens: list[list[int]] = [[]] * len(rows)  # nobody adds to them
         made = attended = 0
         for place, row in enumerate(rows):
             if row is None:
                 continue
-            count = counts[place] = may[place] if may[place] < steps_run else steps_run
-            decode_steps = count - 1 if row.fresh and count else count
-            attended += decode_steps * row.length + count * (count - 1) // 2
-            row.fresh = False
-            first[place] = row.token
-            if row.tokens is not None:
-                at = row.length - row.prompt
-                tokens[:count, place] = row.tokens[at : at + count]
-            row.length += count
+            count = may[place] if may[place] < steps_run else steps_run
+            length = row.length
+            attended += count * length + count * (count - 1) // 2
+            if row.fresh and count:
+                attended -= length
+                row.fresh = False
+            if row.tokens is None:
+                tokens[place] = [row.token] * count
+            else:
+                tokens[place] = list(row.tokens[length - row.prompt : length - row.prompt + count])
+            row.length = length + count
             made += count
             if row.length >= row.end:
                 row.done = True
                 codes[place] = Code.STOP if row.stops else Code.LENGTH
-        if not self._outputs.tokens:
-            tokens[:] = first
-        bucket = self._buckets.smallest(num_rows, chunk_tokens)
+        bucket = self._buckets.smallest(len(rows), chunk_tokens)
         rows_run, prefill_run = bucket.rows, bucket.tiles * self._buckets.tile
         shape = SliceShape(steps_run, rows_run, attended, prefill_run, chunk_attended)
         result = SliceResult(
             number=plan.number,
             steps_run=steps_run,
             tokens=tokens,
-            counts=np.array(counts, np.int32),
-            codes=np.array(codes, np.int32),
+            codes=codes,
             slice_s=self._time.slice_s(shape),
             rows_run=rows_run,
             prefill_run=prefill_run,

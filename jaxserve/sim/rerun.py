@@ -86,9 +86,7 @@ def _note_outputs(
     for place, seed in enumerate(seeds):
         if seed is None:
             continue
-        made = list(outputs.tokens.get(seed, ()))
-        made += [step[place] for step in result["tokens"][: result["counts"][place]]]
-        outputs.tokens[seed] = made
+        made = outputs.tokens[seed] = [*outputs.tokens.get(seed, ()), *result["tokens"][place]]
         if result["codes"][place]:
             outputs.end_length[seed] = prompts[seed] + len(made)
 

@@ -7,15 +7,14 @@ with a fixed cost of dispatch. Fitted by recursive least squares with forgetting
 compiled something must not be fed.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .least_squares import RecursiveLeastSquares
 
 
-@dataclass(frozen=True, slots=True)
-class SliceShape:
+class SliceShape(NamedTuple):
     """What a slice runs; `rows` and `prefill_tokens` are those of its program, padding included.
 
     `attended_tokens` sums the context of each row over the steps, and `prefill_attended_tokens`

@@ -12,7 +12,13 @@ from jaxserve.errors import ConfigError
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import ADMISSIONS, ORDERS, ROUTINGS, SLICINGS, VICTIMS
 from jaxserve.schedulers.presets import PRESETS
-from jaxserve.server_config import ConvertConfig, GenerateConfig, LogConfig, ServerConfig
+from jaxserve.server_config import (
+    BenchConfig,
+    ConvertConfig,
+    GenerateConfig,
+    LogConfig,
+    ServerConfig,
+)
 
 SERVE = launch.COMMANDS["serve"].groups
 ALL_FLAGS = [
@@ -46,7 +52,7 @@ def test_every_flag_names_a_field_and_has_a_line_of_help(flag):
 
 
 @pytest.mark.parametrize(
-    "kind", [ServerConfig, LogConfig, GenerateConfig, ConvertConfig, PresetConfig]
+    "kind", [ServerConfig, LogConfig, GenerateConfig, ConvertConfig, PresetConfig, BenchConfig]
 )
 def test_every_field_of_the_commands_records_has_a_flag(kind):
     paths = {flag.path for flag in ALL_FLAGS if flag.record is kind}

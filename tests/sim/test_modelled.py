@@ -88,9 +88,9 @@ def test_it_does_what_the_scripted_device_does(prompts, slicing, slice_steps, nu
         if plan is not None:
             want, got = scripted.dispatch(plan)[0], device.dispatch(plan).result
             assert got.steps_run == want.steps_run
-            assert got.counts.tolist() == want.counts.tolist()
+            assert [len(made) for made in got.tokens] == [len(made) for made in want.tokens]
             # A row that stops on its last token has both reasons to end.
-            assert (got.codes != 0).tolist() == (want.codes != 0).tolist()
+            assert [code != 0 for code in got.codes] == [code != 0 for code in want.codes]
             flights.append(got)
         elif flights:
             core.complete(flights.pop(0), float(turn))
@@ -122,4 +122,4 @@ def test_slices_follow_each_other_and_say_what_ran() -> None:
         device.wait(first)
     # Eight rows or four, whole tiles; contexts of 11 to 13 tokens, then of 14; ten prompt tokens.
     assert time.shapes == [SliceShape(4, 8, 36, 32, 55), SliceShape(1, 4, 14, 0, 0)]
-    assert second.result.codes.tolist() == [1] and second.result.counts.tolist() == [1]
+    assert second.result.codes == [1] and len(second.result.tokens[0]) == 1

@@ -92,7 +92,7 @@ def test_more_of_anything_takes_no_less(steps: int, rows: int, prompt: int, atte
     time = noisy_fit()
     shape = SliceShape(steps, rows, attended, prompt, 10 * prompt)
     for name in ("steps", "rows", "attended_tokens", "prefill_attended_tokens"):
-        more = replace(shape, **{name: getattr(shape, name) + 1})
+        more = shape._replace(**{name: getattr(shape, name) + 1})
         assert time.slice_s(more) >= time.slice_s(shape) - 1e-12
 
 

@@ -81,11 +81,11 @@ def test_what_costs_more_on_every_device(name: str) -> None:
     time = RooflineTime(sizes=sizes, device=DEVICES[name])
     shape = SliceShape(8, 16, 8 * 16 * 300, 512, 512 * 200)
     for more in (
-        replace(shape, steps=9),
-        replace(shape, rows=32),
-        replace(shape, attended_tokens=10**7),
-        replace(shape, prefill_tokens=2048),
-        replace(shape, prefill_attended_tokens=10**8),
+        shape._replace(steps=9),
+        shape._replace(rows=32),
+        shape._replace(attended_tokens=10**7),
+        shape._replace(prefill_tokens=2048),
+        shape._replace(prefill_attended_tokens=10**8),
     ):
         assert time.slice_s(more) > time.slice_s(shape)
     lower = replace(time, assumed=Assumptions(memory_share=0.5, compute_share=0.3))
