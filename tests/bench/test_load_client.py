@@ -132,7 +132,7 @@ def test_the_server_says_what_it_is(server):
         http.vocab_size,
         http.max_context,
     )
-    assert grpc.vocab_size and grpc.max_context and grpc.described["--executor"] == "paced"
+    assert grpc.vocab_size and grpc.max_context and grpc.configuration["executor"] == "paced"
 
 
 def test_a_closed_loop_keeps_so_many_under_way(server):
