@@ -20,11 +20,16 @@ _GROUPS = (table.SIMULATED_MEMORY, table.FLEET_SCHEDULING)
 
 def like_server(facts: ServerFacts, sim: SimConfig, profile: Profile) -> Deployment:
     """One replica configured as the server is. Raises ConfigError where it does not say how, and
-    for a profile of another page size."""
+    for a profile of another model or page size."""
     if not facts.configuration or facts.num_pages is None:
         raise ConfigError(
             "against: got 'simulate', and the server does not say how it is configured; allowed:"
             " with --api=grpc, and a server of ours"
+        )
+    if facts.model != profile.model_name:
+        raise ConfigError(
+            f"profile: got one of {profile.model_name}; allowed: one of {facts.model}, which the"
+            " server has"
         )
     engine = _engine_of(facts.configuration)
     cache = replace(engine.cache, num_pages=facts.num_pages)

@@ -33,10 +33,15 @@ MAX_ROWS, SLICE_STEPS, SLICE_S = 4, 4, 0.05
 
 
 @pytest.fixture(scope="module")
-def server(write_profile) -> Iterator[Server]:
-    profile = write_profile("llama-14m", step_s=SLICE_S / SLICE_STEPS)
+def profile(write_profile) -> str:
+    return write_profile("llama-14m", step_s=SLICE_S / SLICE_STEPS)
+
+
+@pytest.fixture(scope="module")
+def server(profile) -> Iterator[Server]:
     flags = [f"--max_rows={MAX_ROWS}", "--slicing=fixed", f"--slice_steps={SLICE_STEPS}"]
     flags += ["--executor=paced", f"--profile={profile}", "--num_pages=256"]
+    flags += ["--page_size=16", "--order=vtc"]
     with serving(flags) as server:
         yield server
 
@@ -410,6 +415,34 @@ def test_the_sweep_finds_the_knee_of_a_paced_server(server, capfd):
     assert code == 0 and "20 requests/s: keeps up" in err
     knee = float(out.split("knee: ")[1].split()[0])
     assert 20 <= knee <= 80, out + err
+
+
+def test_a_live_run_stands_beside_its_simulation(server, profile, tmp_path, capfd):
+    """On a device that takes what its profile says, little is left but the way to it and back."""
+    path = tmp_path / "both.json"
+    code = bench(
+        f"--server={server.target}",
+        *SMALL,
+        "--num_requests=20",
+        "--rate=20",
+        "--against=simulate",
+        f"--profile={profile}",
+        f"--json={path}",
+    )
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert "live and simulated" in out
+    errors = {row["name"]: row for row in json.loads(path.read_text())["against"]["errors"]}
+    tokens = errors["output_tokens_per_s"]
+    assert tokens["simulated"] == pytest.approx(tokens["live"], rel=0.3)
+    assert errors["e2e_s.mean"]["simulated"] >= 2 * SLICE_S  # eight tokens in slices of four
+
+
+def test_a_simulation_needs_a_profile_of_what_is_served(server, write_profile, capfd):
+    other = write_profile("tiny", step_s=0.01)
+    arguments = [f"--server={server.target}", *SMALL, "--num_requests=2", "--against=simulate"]
+    assert bench(*arguments, f"--profile={other}") == 2
+    assert "profile: got one of tiny; allowed: one of llama-14m" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
