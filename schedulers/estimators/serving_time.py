@@ -39,16 +39,19 @@ class ServingTime:
 
     def __init__(self, *, forgetting: float = 0.995):
         self._fit = RecursiveLeastSquares(_PRIOR, scale=_SCALE, forgetting=forgetting)
+        self._coefficients = _PRIOR.tolist()  # plain numbers: a slice is predicted several times
 
     def predict_s(self, shape: SliceShape) -> float:
         """Seconds; never below a microsecond per step, whatever the fit says outside its data."""
-        return max(1e-6 * shape.steps, self._fit.predict(_columns(shape)))
+        fixed, step, row_step, attended, prompt = self._coefficients
+        steps, rows, attended_tokens, prefill_tokens, _ = shape
+        seconds = fixed + steps * (step + row_step * rows)
+        seconds += attended * attended_tokens + prompt * prefill_tokens
+        return max(1e-6 * steps, seconds)
 
     def observe(self, shape: SliceShape, seconds: float) -> None:
         """Learn from one measured slice."""
-        self._fit.observe(_columns(shape), seconds)
-
-
-def _columns(shape: SliceShape) -> np.ndarray:
-    row_steps = shape.steps * shape.rows
-    return np.array((1.0, shape.steps, row_steps, shape.attended_tokens, shape.prefill_tokens))
+        steps, rows, attended_tokens, prefill_tokens, _ = shape
+        row = np.array((1.0, steps, steps * rows, attended_tokens, prefill_tokens))
+        self._fit.observe(row, seconds)
+        self._coefficients = self._fit.coefficients.tolist()
