@@ -7,11 +7,9 @@ with a fixed cost of dispatch. Fitted by recursive least squares with forgetting
 compiled something must not be fed.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-import numpy as np
-
-from .least_squares import RecursiveLeastSquares
+from .five_terms import FiveTerms
 
 
 class SliceShape(NamedTuple):
@@ -30,20 +28,19 @@ class SliceShape(NamedTuple):
     prefill_attended_tokens: int = 0
 
 
-_SCALE = np.array([1.0, 1e-1, 1e-3, 1e-5, 1e-3])
-_PRIOR = np.array([1e-3, 2e-3, 1e-4, 1e-7, 1e-4])
+_SCALE: Final = (1.0, 1e-1, 1e-3, 1e-5, 1e-3)
+_PRIOR: Final = (1e-3, 2e-3, 1e-4, 1e-7, 1e-4)
 
 
 class ServingTime:
     """Online least squares, from a prior that a first slice overrules."""
 
     def __init__(self, *, forgetting: float = 0.995):
-        self._fit = RecursiveLeastSquares(_PRIOR, scale=_SCALE, forgetting=forgetting)
-        self._coefficients = _PRIOR.tolist()  # plain numbers: a slice is predicted several times
+        self._fit = FiveTerms(_PRIOR, scale=_SCALE, forgetting=forgetting)
 
     def predict_s(self, shape: SliceShape) -> float:
         """Seconds; never below a microsecond per step, whatever the fit says outside its data."""
-        fixed, step, row_step, attended, prompt = self._coefficients
+        fixed, step, row_step, attended, prompt = self._fit.coefficients
         steps, rows, attended_tokens, prefill_tokens, _ = shape
         seconds = fixed + steps * (step + row_step * rows)
         seconds += attended * attended_tokens + prompt * prefill_tokens
@@ -52,6 +49,4 @@ class ServingTime:
     def observe(self, shape: SliceShape, seconds: float) -> None:
         """Learn from one measured slice."""
         steps, rows, attended_tokens, prefill_tokens, _ = shape
-        row = np.array((1.0, steps, steps * rows, attended_tokens, prefill_tokens))
-        self._fit.observe(row, seconds)
-        self._coefficients = self._fit.coefficients.tolist()
+        self._fit.observe((1.0, steps, steps * rows, attended_tokens, prefill_tokens), seconds)
