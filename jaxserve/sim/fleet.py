@@ -119,7 +119,7 @@ class FleetSimulation:
                 agenda.advance(max(due_s, agenda.now()))
                 for sent_s, work in feed.take(agenda.now()):
                     self._send(work, sent_s)
-            elif next_s is None or (feed.finished and not self._live and not self._held):
+            elif next_s is None or (not self._live and not self._held and feed.finished):
                 return False
             else:
                 agenda.step()
@@ -309,7 +309,13 @@ class FleetSimulation:
         if replica.process is not process:
             return
         now_s, core = self.agenda.now(), process.core
-        load = meter.report(core.statistics(), now_s=now_s, num_received=process.received)
+        load = meter.report(
+            core.statistics_now,
+            core.pool.statistics(),
+            num_running=core.num_running,
+            now_s=now_s,
+            num_received=process.received,
+        )
         self._router.report(replica.index, load, now_s)
         window = core.meter.window()
         self._recorder.fairness(
