@@ -140,9 +140,10 @@ class Admitter:
         fresh = len(rows) > 1 and not any(row.made for row in rows) and job.request.prompt.size > 1
         leaders = [Sequence(job, -1, 0)] if fresh else rows
         match = pool.tree.match(job.page_keys) if job.page_keys else None
+        lengths = [row.length for row in leaders]
         candidate = Candidate(
-            num_tokens=max([row.length for row in leaders]),
-            cost_pages=pool.cost_of_all([row.length for row in leaders], match),
+            num_tokens=max(lengths),
+            cost_pages=pool.cost_of_all(lengths, match),
             max_output=max([row.remaining for row in rows]),
             num_samples=len(rows),
             client=job.request.client,
