@@ -259,7 +259,7 @@ class EngineCore:
         tokens, codes, has_logprobs = result.tokens, result.codes, result.logprobs is not None
         ran: list[Ran] = []
         ending: list[tuple[Sequence, int]] = []
-        done, evicting = Phase.DONE, Phase.EVICTING
+        done, evicting, outbox = Phase.DONE, Phase.EVICTING, self._outbox
         for place, row in enumerate(flight.rows):
             row.ahead -= flight.steps[place]
             phase, made = row.phase, tokens[place]
@@ -272,9 +272,18 @@ class EngineCore:
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
-                if not codes[place] and phase is not evicting:
-                    logprobs = _logprobs(row, made, result, place) if has_logprobs else ()
-                    self._emit(row, made, logprobs)
+                if not codes[place] and phase is not evicting:  # as `_emit`, without its cases
+                    job.announced = True
+                    outbox.append(
+                        Delta(
+                            request_id=job.request.request_id,
+                            sample=row.sample,
+                            tokens=tuple(made),
+                            logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
+                            prompt_tokens=job.request.prompt.size,
+                            cached_tokens=job.cached_tokens,
+                        )
+                    )
             if codes[place] or phase is evicting:
                 ending.append((row, place))
         self.statistics_now.output_tokens += sum([count for _, _, count in ran])

@@ -7,6 +7,7 @@ replica had goes on elsewhere, prompt and delivered tokens together as a new pro
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -244,7 +245,7 @@ class FleetSimulation:
             host_overlaps=self._device.host_overlaps,
             on_deltas=self._on_deltas,
             on_refusal=self._on_refusal,
-            on_slice=lambda plan, ticket: self._on_slice(replica, plan, ticket),
+            on_slice=partial(self._on_slice, replica),
         )
         if isinstance(self._router.routing, PrefixRouting):
             replica.cache = CacheEvents(core.pool.tree)
