@@ -107,6 +107,8 @@ class Admitter:
         """Seat whom the order names until it names nobody beside those that do not fit, or
         `budget` prompt tokens are given out. Whether anybody was."""
         self.blocked = False
+        if not self._core.statistics_now.waiting:  # what most slices find: spare the order
+            return False
         order, jobs, tile = self._core.order, self._core.jobs, self._config.tile
         running: RunningRows | None = None
         misfits: set[int] = set()
