@@ -29,12 +29,12 @@ class Running:
     client: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
     """The next waiting request: prompt tokens (with what it made before a preemption), the pages
     that starting it takes, output tokens each sample may make, its number of samples, whose it is,
     and output tokens made before (`made` of `num_tokens`). Samples that fork share the whole pages
-    of their prompt; others have one each among `cost_pages`."""
+    of their prompt; others have one each among `cost_pages`. Never changed, as `Running`."""
 
     num_tokens: int
     cost_pages: int
@@ -45,9 +45,9 @@ class Candidate:
     forks: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Memory:
-    """The pool, and the slice length S that leases are cut for."""
+    """The pool, and the slice length S that leases are cut for. Never changed, as `Running`."""
 
     page_size: int
     total_pages: int

@@ -2,7 +2,7 @@
 
 A policy is a deterministic state machine over these. It reads no clock: time is a field. Requests
 are named by the number the engine core gave them, which grows with arrival. Nobody changes a
-record; those of every slice are not frozen, which takes three times as long to make.
+record; they are not frozen, which takes three times as long to make.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from .prefix_tree import Cleared, Removed, Stored
 RequestNumber = int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arrive:
     """A request joined the queue. `max_output` is per sample; `num_samples` rows are needed.
 
@@ -38,7 +38,7 @@ class Arrive:
     service_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admit:
     """It got its rows and leases. `num_extend_tokens` prompt tokens are not cached."""
 
@@ -46,7 +46,7 @@ class Admit:
     num_extend_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Misfit:
     """The order named it, and it does not fit in this pass, which a `Tick` began.
 
@@ -56,7 +56,7 @@ class Misfit:
     number: RequestNumber
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Preempt:
     """It lost its rows and waits again; what it had made counts as prompt from now on.
 
@@ -81,14 +81,14 @@ class Enact:
     ran: Sequence[Ran]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finish:
     """It ended by itself: all its samples met a stop or their limit."""
 
     number: RequestNumber
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Abort:
     """It was ended from outside, waiting or running: no trace of it may stay."""
 

@@ -75,9 +75,10 @@ class OutOfPages:
     retiring: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PoolStatistics:
-    """Pages by owner: `free + leased + cached == total`.
+    """Pages by owner: `free + leased + cached == total`. Nobody changes them; not frozen, which
+    takes three times as long.
 
     `retiring` are those of `leased` that a released lease has to itself and that wait for a parse.
     `evictable` are those of `cached` that nobody reads: `free + evictable` is what can be had now.

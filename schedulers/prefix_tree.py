@@ -82,16 +82,17 @@ def page_keys(
     return keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stored:
-    """`keys` were cached, each the child of the one before, the first of `parent_key`."""
+    """`keys` were cached, each the child of the one before, the first of `parent_key`. Nobody
+    changes an event; they are not frozen, which takes three times as long to make."""
 
     seq: int
     parent_key: bytes
     keys: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Removed:
     """`keys` were evicted, children before parents."""
 
@@ -99,7 +100,7 @@ class Removed:
     keys: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cleared:
     """Nothing is cached any more."""
 
@@ -316,7 +317,7 @@ class PrefixTree:
         self._hold(parent)
         for key, page in zip(keys[first:], pages[first : len(keys)], strict=True):
             assert page not in self._node_at, f"page {page} is cached already, under another key"
-            parent = self._nodes[key] = self._node_at[page] = _Node(key, page, parent, holds=2)
+            parent = self._nodes[key] = self._node_at[page] = _Node(key, page, parent, 2)
         assert parent is not None
         parent.holds = 1  # its reader; the others have a held child as well
         self._last_seq += 1

@@ -107,6 +107,8 @@ class Admitter:
         """Seat whom the order names until it names nobody beside those that do not fit, or
         `budget` prompt tokens are given out. Whether anybody was."""
         self.blocked = False
+        if not self._core.statistics_now.waiting:  # what most slices find: spare the order
+            return False
         order, jobs, tile = self._core.order, self._core.jobs, self._config.tile
         running: RunningRows | None = None
         misfits: set[int] = set()
@@ -140,9 +142,10 @@ class Admitter:
         fresh = len(rows) > 1 and not any(row.made for row in rows) and job.request.prompt.size > 1
         leaders = [Sequence(job, -1, 0)] if fresh else rows
         match = pool.tree.match(job.page_keys) if job.page_keys else None
+        lengths = [row.length for row in leaders]
         candidate = Candidate(
-            num_tokens=max([row.length for row in leaders]),
-            cost_pages=pool.cost_of_all([row.length for row in leaders], match),
+            num_tokens=max(lengths),
+            cost_pages=pool.cost_of_all(lengths, match),
             max_output=max([row.remaining for row in rows]),
             num_samples=len(rows),
             client=job.request.client,

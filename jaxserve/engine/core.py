@@ -54,7 +54,7 @@ class _InFlight:
     steps: list[int]
 
 
-_REASONS = {
+_REASONS: dict[int, FinishReason] = {
     Code.STOP: FinishReason.STOP,
     Code.LENGTH: FinishReason.LENGTH,
     Code.ERROR: FinishReason.ERROR,
@@ -238,6 +238,11 @@ class EngineCore:
         return len(self._in_flight)
 
     @property
+    def num_running(self) -> int:
+        """Requests that have rows."""
+        return sum([job.running for job in self.jobs.values()])
+
+    @property
     def idle(self) -> bool:
         """Nothing waits, runs or is in flight."""
         return not self.jobs and not self._in_flight
@@ -251,10 +256,10 @@ class EngineCore:
     def _take_in(self, flight: _InFlight, result: SliceResult, now_s: float) -> int:
         """Tokens go to their sequences, then policies hear of them, then ends are ends. How many
         rows ended on the device."""
-        tokens, codes = result.tokens, result.codes
+        tokens, codes, has_logprobs = result.tokens, result.codes, result.logprobs is not None
         ran: list[Ran] = []
         ending: list[tuple[Sequence, int]] = []
-        done, evicting = Phase.DONE, Phase.EVICTING
+        done, evicting, outbox = Phase.DONE, Phase.EVICTING, self._outbox
         for place, row in enumerate(flight.rows):
             row.ahead -= flight.steps[place]
             phase, made = row.phase, tokens[place]
@@ -267,8 +272,18 @@ class EngineCore:
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
-                if not codes[place] and phase is not evicting:
-                    self._emit(row, made, _logprobs(row, made, result, place))
+                if not codes[place] and phase is not evicting:  # as `_emit`, without its cases
+                    job.announced = True
+                    outbox.append(
+                        Delta(
+                            request_id=job.request.request_id,
+                            sample=row.sample,
+                            tokens=tuple(made),
+                            logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
+                            prompt_tokens=job.request.prompt.size,
+                            cached_tokens=job.cached_tokens,
+                        )
+                    )
             if codes[place] or phase is evicting:
                 ending.append((row, place))
         self.statistics_now.output_tokens += sum([count for _, _, count in ran])
@@ -287,9 +302,9 @@ class EngineCore:
         self, row: Sequence, tokens: list[int], result: SliceResult, place: int, now_s: float
     ) -> None:
         """Of a row that ended, or that is preempted once its last slice is parsed."""
-        job, code = row.job, Code(result.codes[place])
-        if code is not Code.RUNNING:
-            if code is not Code.ERROR:
+        job, code = row.job, result.codes[place]
+        if code != Code.RUNNING:
+            if code != Code.ERROR:
                 self.admission.finished(job.request.client, len(row.made))
             self._emit(row, tokens, _logprobs(row, tokens, result, place), _REASONS[code])
             self._end(row, None, event=Finish)
@@ -482,7 +497,7 @@ class EngineCore:
     def statistics(self) -> EngineStatistics:
         """Counters since the start, and gauges of now."""
         return self.statistics_now.snapshot(
-            running=sum(job.running for job in self.jobs.values()),
+            running=self.num_running,
             compiles=self._compiles(),
             pool=self.pool.statistics(),
             prefix=self.pool.tree.statistics(),

@@ -4,6 +4,7 @@ and no clock."""
 from typing import Final
 
 from jaxserve.engine.statistics import EngineStatistics
+from jaxserve.schedulers.pages import PoolStatistics
 from jaxserve.schedulers.routing import LoadReport
 
 WINDOW_S: Final = 1.0
@@ -13,19 +14,25 @@ _Mark = tuple[float, int, int, int]
 
 
 class LoadMeter:
-    """Turns statistics into reports. A rate counts from a mark at least `WINDOW_S` old, if any."""
+    """Turns counters into reports. A rate counts from a mark at least `WINDOW_S` old, if any."""
 
     def __init__(self, *, page_size: int):
         self._page_size = page_size
         self._marks: list[_Mark] = []
 
     def report(
-        self, statistics: EngineStatistics, *, now_s: float, num_received: int
+        self,
+        statistics: EngineStatistics,
+        pool: PoolStatistics,
+        *,
+        num_running: int,
+        now_s: float,
+        num_received: int,
     ) -> LoadReport:
         """`num_received` requests had reached the replica by now. What waits counts with all its
-        prompt tokens: how many are cached is known when it is let in."""
-        pool, size = statistics.pool, self._page_size
-        assert pool is not None, "statistics of a core have its pool's"
+        prompt tokens: how many are cached is known when it is let in. Of `statistics` counters
+        alone are read, so that they need no snapshot, which takes longer than the rest."""
+        size = self._page_size
         mark = (now_s, statistics.prefill_tokens, statistics.output_tokens, pool.leased)
         then_s, prefill, output, leased = self._since(mark)
         passed_s = now_s - then_s
@@ -41,7 +48,7 @@ class LoadMeter:
             at_s=now_s,
             num_received=num_received,
             num_waiting=statistics.waiting,
-            num_running=statistics.running,
+            num_running=num_running,
             waiting_tokens=statistics.waiting_tokens,
             waiting_prompt_tokens=statistics.waiting_tokens,
             kv_free_tokens=(pool.free + pool.evictable) * size,

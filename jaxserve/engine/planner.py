@@ -59,7 +59,8 @@ class Planner:
             budget = self._config.scheduler.max_prefill_tokens - queued
             if self._admits.admit(length.steps, budget=budget, now_s=now_s):
                 prefilling = self._prefilling(self._running())
-        self._plan_prefill(prefilling, length.steps)
+        if prefilling:
+            self._plan_prefill(prefilling, length.steps)
         if not self._rows:
             return None
         steps = max(1, max([row.steps for row in self._rows]))

@@ -266,7 +266,11 @@ class EngineService(pb_grpc.ReplicaServicer):
         while True:
             statistics = await self._ask(lambda core: core.statistics())
             report = self._load.report(
-                statistics, now_s=self._clock.now(), num_received=self._num_received
+                statistics,
+                statistics.pool,
+                num_running=statistics.running,
+                now_s=self._clock.now(),
+                num_received=self._num_received,
             )
             replica = self._description.replica
             yield load_to_proto(report, statistics, replica=replica, draining=self._draining)

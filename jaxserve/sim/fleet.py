@@ -7,6 +7,7 @@ replica had goes on elsewhere, prompt and delivered tokens together as a new pro
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -119,7 +120,7 @@ class FleetSimulation:
                 agenda.advance(max(due_s, agenda.now()))
                 for sent_s, work in feed.take(agenda.now()):
                     self._send(work, sent_s)
-            elif next_s is None or (feed.finished and not self._live and not self._held):
+            elif next_s is None or (not self._live and not self._held and feed.finished):
                 return False
             else:
                 agenda.step()
@@ -244,7 +245,7 @@ class FleetSimulation:
             host_overlaps=self._device.host_overlaps,
             on_deltas=self._on_deltas,
             on_refusal=self._on_refusal,
-            on_slice=lambda plan, ticket: self._on_slice(replica, plan, ticket),
+            on_slice=partial(self._on_slice, replica),
         )
         if isinstance(self._router.routing, PrefixRouting):
             replica.cache = CacheEvents(core.pool.tree)
@@ -309,7 +310,13 @@ class FleetSimulation:
         if replica.process is not process:
             return
         now_s, core = self.agenda.now(), process.core
-        load = meter.report(core.statistics(), now_s=now_s, num_received=process.received)
+        load = meter.report(
+            core.statistics_now,
+            core.pool.statistics(),
+            num_running=core.num_running,
+            now_s=now_s,
+            num_received=process.received,
+        )
         self._router.report(replica.index, load, now_s)
         window = core.meter.window()
         self._recorder.fairness(

@@ -111,7 +111,9 @@ class ModelledExecutor:
             if row.done:
                 continue
             rows[place] = row
-            most = min(each.steps, each.cover - row.length + 1)
+            most = each.cover - row.length + 1
+            if most > each.steps:
+                most = each.steps
             left = row.end - row.length
             if left <= most:
                 most = left

@@ -133,9 +133,10 @@ class SimulatedReplica:
     def _until(self, now_s: float, after: After, plan: SlicePlan) -> float:
         """When the host is done; where it works on the device's core, what runs is done later."""
         turn_s = self._host.turn_s(now_s, after, plan)
-        if not self._host_overlaps and self._flights:
-            busy_s = min(self._flights[-1][1].ready_s, turn_s) - now_s
-            if busy_s > 0:
+        if self._flights and not self._host_overlaps:
+            ready_s = self._flights[-1][1].ready_s
+            if ready_s > now_s and turn_s > now_s:
+                busy_s = min(ready_s, turn_s) - now_s
                 self._device.delay(busy_s, [ticket for _, ticket in self._flights])
         return turn_s
 

@@ -7,11 +7,9 @@ with a fixed cost of dispatch. Fitted by recursive least squares with forgetting
 compiled something must not be fed.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-import numpy as np
-
-from .least_squares import RecursiveLeastSquares
+from .five_terms import FiveTerms
 
 
 class SliceShape(NamedTuple):
@@ -30,25 +28,25 @@ class SliceShape(NamedTuple):
     prefill_attended_tokens: int = 0
 
 
-_SCALE = np.array([1.0, 1e-1, 1e-3, 1e-5, 1e-3])
-_PRIOR = np.array([1e-3, 2e-3, 1e-4, 1e-7, 1e-4])
+_SCALE: Final = (1.0, 1e-1, 1e-3, 1e-5, 1e-3)
+_PRIOR: Final = (1e-3, 2e-3, 1e-4, 1e-7, 1e-4)
 
 
 class ServingTime:
     """Online least squares, from a prior that a first slice overrules."""
 
     def __init__(self, *, forgetting: float = 0.995):
-        self._fit = RecursiveLeastSquares(_PRIOR, scale=_SCALE, forgetting=forgetting)
+        self._fit = FiveTerms(_PRIOR, scale=_SCALE, forgetting=forgetting)
 
     def predict_s(self, shape: SliceShape) -> float:
         """Seconds; never below a microsecond per step, whatever the fit says outside its data."""
-        return max(1e-6 * shape.steps, self._fit.predict(_columns(shape)))
+        fixed, step, row_step, attended, prompt = self._fit.coefficients
+        steps, rows, attended_tokens, prefill_tokens, _ = shape
+        seconds = fixed + steps * (step + row_step * rows)
+        seconds += attended * attended_tokens + prompt * prefill_tokens
+        return max(1e-6 * steps, seconds)
 
     def observe(self, shape: SliceShape, seconds: float) -> None:
         """Learn from one measured slice."""
-        self._fit.observe(_columns(shape), seconds)
-
-
-def _columns(shape: SliceShape) -> np.ndarray:
-    row_steps = shape.steps * shape.rows
-    return np.array((1.0, shape.steps, row_steps, shape.attended_tokens, shape.prefill_tokens))
+        steps, rows, attended_tokens, prefill_tokens, _ = shape
+        self._fit.observe((1.0, steps, steps * rows, attended_tokens, prefill_tokens), seconds)

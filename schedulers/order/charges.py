@@ -172,18 +172,19 @@ class Charges:
         outputs: defaultdict[Owner, int] = defaultdict(int)
         prompts: defaultdict[Owner, int] = defaultdict(int)
         for number, num_prompt, num_output in ran:
-            account, owner = accounts[number], owners[number]
-            account.made += num_output
-            outputs[owner] += num_output
+            account = accounts[number]
+            if num_output:
+                account.made += num_output
+                outputs[owners[number]] += num_output
             if num_prompt:
                 fresh = account.run(num_prompt)
                 if prices.at_enactment:
                     account.paid += fresh
-                    prompts[owner] += fresh
-        bills = {}
-        for owner, num_output in outputs.items():
-            charge = prices.w_in * prompts[owner]
-            bills[owner] = Bill(charge + prices.w_out * num_output, -charge)
+                    prompts[owners[number]] += fresh
+        bills = {owner: Bill(prices.w_out * made) for owner, made in outputs.items()}
+        for owner, fresh in prompts.items():
+            charge = prices.w_in * fresh
+            bills[owner] = Bill(charge + bills.get(owner, NOTHING).charge, -charge)
         return bills
 
     def stopped(self, number: RequestNumber) -> Bill:

@@ -330,9 +330,10 @@ class Dlpm:
     def _begin_pass(self) -> None:
         self._scanned = None
         self._misfits.clear()
-        passed, self._passed = self._passed, {}
-        for client in passed:
-            self._place(client)
+        if self._passed:
+            for client in self._passed:
+                self._place(client)
+            self._passed.clear()
 
     def _tick(self, event: Tick) -> None:
         self._now_s = event.now_s

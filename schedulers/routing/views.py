@@ -17,9 +17,10 @@ SMOOTHING: Final = 0.3
 """Weight of a new rate in its average."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LoadReport:
     """What a replica says of itself at `at_s`, which is on its own clock and orders its reports.
+    Never changed once made; not frozen, which takes three times as long.
 
     `num_received` dispatches had reached it by then. Tokens: `waiting_tokens` of prompts in its
     queue are not cached, `waiting_prompt_tokens` are all of them; `kv_free_tokens` of
