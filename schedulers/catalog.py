@@ -370,19 +370,19 @@ def make_order(name: str, options: Iterable[str] = (), *, page_size: int) -> Ord
     Raises ValueError for a name, a parameter or a value that does not exist.
     """
     policy = find_order(name)
-    return policy.make(read_options("order", policy, options), page_size)
+    return policy.make(read_options("order", policy.parameters, options), page_size)
 
 
 def make_admission(name: str, options: Iterable[str] = ()) -> Admission:
     """The same of an admission rule."""
     policy = find("admission", ADMISSIONS, name)
-    return policy.make(read_options("admission", policy, options))
+    return policy.make(read_options("admission", policy.parameters, options))
 
 
 def make_slicing(name: str, options: Iterable[str] = (), *, bounds: SliceBounds) -> Slicing:
     """The same of a slicing."""
     policy = find_slicing(name)
-    return policy.make(read_options("slicing", policy, options), bounds)
+    return policy.make(read_options("slicing", policy.parameters, options), bounds)
 
 
 def victim_key(name: str) -> VictimKey | None:

@@ -51,8 +51,8 @@ def not_found(kind: str, name: str, known: Iterable[str], aliases: Iterable[str]
     return f"{kind}: got {name!r}; allowed: {', '.join(names)}{hint}"
 
 
-def read_options(kind: str, policy: Policy, options: Iterable[str]) -> Any:
-    """An instance of the policy's parameters, from texts such as "quantum=4096".
+def read_options(kind: str, parameters: type, options: Iterable[str]) -> Any:
+    """An instance of a policy's `parameters`, from texts such as "quantum=4096".
 
     Raises ValueError for a parameter or a value that does not exist.
     """
@@ -65,7 +65,7 @@ def read_options(kind: str, policy: Policy, options: Iterable[str]) -> Any:
             if parameter in texts:
                 raise ValueError(f"{parameter}: got it twice; allowed: once")
             texts[parameter] = text
-        return read(policy.parameters, texts)
+        return read(parameters, texts)
     except ValueError as error:
         raise ValueError(f"{kind}_options: {error}") from None
 

@@ -85,13 +85,14 @@ def _requests(model: ModelConfig, count: int, *, most_tokens: int) -> list[Reque
     return requests
 
 
-def read_live(path: str | Path) -> list[LiveSlice]:
-    """The slices of an event log that followed another one without a pause.
+def read_live(path: str | Path, *, alone: bool = False) -> list[LiveSlice]:
+    """The slices of an event log that followed another one without a pause; `alone`: but for those
+    dispatched while another one ran, which hid some of the host's work, or waited for it.
 
     Raises ConfigError for a file that is missing or no event log, and for one of no such slices.
     """
     try:
-        slices = _read_live(path)
+        slices = _read_live(path, alone)
     except OSError as error:
         raise ConfigError(f"live_log: {str(path)!r}: {error.strerror}") from error
     if not slices:
@@ -99,20 +100,20 @@ def read_live(path: str | Path) -> list[LiveSlice]:
     return slices
 
 
-def _read_live(path: str | Path) -> list[LiveSlice]:
-    flights: deque[SlicePlan] = deque()
+def _read_live(path: str | Path, alone: bool) -> list[LiveSlice]:
+    flights: deque[tuple[SlicePlan, bool]] = deque()  # and whether it is wanted
     lengths: dict[int, int] = {}
     slices: list[LiveSlice] = []
     last_s: float | None = None
     for event in read_events(path):
         if event["event"] == "slice" and event["plan"] is not None:
-            flights.append(plan_from_json(event["plan"]))
+            flights.append((plan_from_json(event["plan"]), not (alone and flights)))
         elif event["event"] == "slice" and not flights:
             last_s = None  # nothing to do: the next slice waited for a request, not for the host
         elif event["event"] == "complete":
-            result, plan = event["result"], flights.popleft()
+            result, (plan, wanted) = event["result"], flights.popleft()
             shape = _shape(plan, result, lengths)
-            if last_s is not None:
+            if wanted and last_s is not None:
                 slices.append((shape, result["slice_s"], event["now_s"] - last_s))
             last_s = event["now_s"]
     return slices

@@ -69,4 +69,4 @@ def make_pool(name: str, options: Iterable[str], setup: PoolSetup) -> Planner:
     that falls with length.
     """
     policy = find("pool", POOLS, name)
-    return policy.make(read_options("pool", policy, options), setup)
+    return policy.make(read_options("pool", policy.parameters, options), setup)

@@ -168,7 +168,7 @@ def make_routing(
     Raises ValueError for a name, a parameter or a value that does not exist.
     """
     policy = find_routing(name)
-    return policy.make(read_options("routing", policy, options), num_replicas, page_size)
+    return policy.make(read_options("routing", policy.parameters, options), num_replicas, page_size)
 
 
 def require_told(name: str, told: Collection[Need], *, by: str) -> None:

@@ -63,7 +63,8 @@ def test_sls_is_for_one_engine_and_for_fleets() -> None:
 def test_what_a_preset_sets_of_a_fleet_exists(name: str) -> None:
     filled = PRESETS[name].fleet
     if "pool" in filled:
-        read_options("pool", find("pool", POOLS, filled["pool"]), filled.get("pool_options", ()))
+        pool = find("pool", POOLS, filled["pool"])
+        read_options("pool", pool.parameters, filled.get("pool_options", ()))
     if "routing" in filled:
         options = filled.get("routing_options", ())
         make_routing(filled["routing"], options, num_replicas=2, page_size=64)

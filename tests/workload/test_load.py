@@ -103,7 +103,7 @@ def test_what_a_policy_needs_is_said(trace: str) -> None:
         ({"client_from": "who"}, "client_from: got 'who'; allowed: auto, client, session, none"),
         ({"trace": "x", "trace_from_s": 5.0, "trace_until_s": 5.0}, "trace_until_s: got 5.0"),
         ({"workload": "chap"}, "workload: got 'chap'; .* did you mean 'chat'"),
-        ({"workload_options": ("a=1",)}, "workload_options: fair_mix: unknown parameter 'a'"),
+        ({"workload_options": ("a=1",)}, "workload_options: unknown parameter 'a'"),
         ({"rate": 0.0}, "rate: got 0.0; allowed: a positive number"),
         ({"rate": 1.0, "workload_options": ("rate=2",)}, "rate: got 1.0; allowed: unset beside"),
         ({"rate": 1.0, "time_scale": 1.0}, "time_scale: got 1.0; allowed: one of rate and"),

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers.parameters import explain, read, require
-from jaxserve.schedulers.policy import not_found
+from jaxserve.schedulers.parameters import explain, require
+from jaxserve.schedulers.policy import not_found, read_options
 from jaxserve.workload.generators.sessions import Chat, LongContextQa, TreeOfThoughts
 from jaxserve.workload.generators.single import FairMix, Independent, Judge, SharedPrefix
 from jaxserve.workload.generators.streams import MOST_PARTS, Purpose, Streams
@@ -188,18 +188,7 @@ def _find(name: str) -> Generator:
 
 
 def _parameters(generator: Generator, options: Sequence[str]) -> Any:
-    try:
-        texts: dict[str, str] = {}
-        for option in options:
-            parameter, equals, text = option.partition("=")
-            if not equals:
-                raise ValueError(f"got {option!r}; options look like parameter=value")
-            if parameter in texts:
-                raise ValueError(f"{parameter}: got it twice; allowed: once")
-            texts[parameter] = text
-        return read(generator.parameters, texts)
-    except ValueError as error:
-        raise ValueError(f"workload_options: {generator.name}: {error}") from None
+    return read_options("workload", generator.parameters, options)
 
 
 # One request before it has a number: (arrival, client of all parts, count of the client, turn,
