@@ -218,7 +218,7 @@ def test_lengths_are_inside_and_average_as_said(text: str, seed: int) -> None:
         (
             "chat",
             ("rat=3",),
-            "workload_options: chat: unknown parameter 'rat'; did you mean 'rate'",
+            "workload_options: unknown parameter 'rat'; did you mean 'rate'",
         ),
         ("chat", ("rate",), "got 'rate'; options look like parameter=value"),
         ("chat", ("rate=1", "rate=2"), "rate: got it twice"),
