@@ -76,6 +76,7 @@ class FleetSimulation:
         config: SimConfig,
     ):
         self._feed, self._router, self._recorder = feed, router, recorder
+        self._due_s = feed.next_s()  # which changes when requests are taken or end, and only then
         self._make_core, self._device = make_core, device
         self._page_keys, self._config = page_keys, config
         self.agenda = Agenda()
@@ -115,10 +116,12 @@ class FleetSimulation:
         """At most so many events; whether there is more to do."""
         agenda, feed = self.agenda, self._feed
         for _ in range(most):
-            due_s, next_s = feed.next_s(), agenda.next_s()
+            due_s, next_s = self._due_s, agenda.next_s()
             if due_s is not None and (next_s is None or due_s <= next_s):
                 agenda.advance(max(due_s, agenda.now()))
-                for sent_s, work in feed.take(agenda.now()):
+                taken = feed.take(agenda.now())
+                self._due_s = feed.next_s()
+                for sent_s, work in taken:
                     self._send(work, sent_s)
             elif next_s is None or (not self._live and not self._held and feed.finished):
                 return False
@@ -231,6 +234,7 @@ class FleetSimulation:
         self._recorder.ended(work.number, now_s, reason, live.cached, replica=live.replica)
         self._router.ended(work.number, live.delivered - live.carried)
         self._feed.ended(work, now_s)
+        self._due_s = self._feed.next_s()
         self.num_ended += 1
 
     # Replicas.
