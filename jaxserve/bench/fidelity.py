@@ -1,8 +1,7 @@
 """How far the simulator is from the engine: live runs of one replica, and their simulations.
 
-Server and client run on a core each. A live run at half the load gives the profile: slice times and
-the host's cost fitted to its event log, and the way of a request through the front end. Other
-requests at other loads are then run live, twice, and simulated.
+Server and client run on a core each. A live run of other requests gives the profile: slice times
+and the host's cost fitted to its event log, and the ways through the front end.
 """
 
 import asyncio

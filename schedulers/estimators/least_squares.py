@@ -93,9 +93,9 @@ class RecursiveLeastSquares:
         """Learn from one point."""
         x = row * self._scale
         spread = self._covariance @ x  # and x @ covariance, which is symmetric
-        gain = spread / (self._forgetting + x @ spread)
-        self._weights += gain * (value - self._weights @ x)
-        self._covariance -= gain[:, None] * spread
+        total = self._forgetting + x @ spread
+        self._weights += spread * ((value - self._weights @ x) / total)
+        self._covariance -= spread[:, None] * spread / total  # symmetric to the last bit
         self._covariance /= self._forgetting
         trace = self._covariance.trace()
         if trace > self._most_trace:  # forgetting without new directions lets it blow up: bound it
