@@ -22,7 +22,7 @@ from jaxserve.bench.peers.jaxserve_peer import serving
 from jaxserve.bench.tally import Tally
 from jaxserve.bench.transport import Asking, ServerFacts
 from jaxserve.engine.event_log import read_events, replay
-from jaxserve.engine.measure_host import LiveSlice
+from jaxserve.engine.measure_host import read_live
 from jaxserve.models.profile import Profile
 from jaxserve.report.measure import measure
 from jaxserve.report.recorder import Recorder
@@ -128,11 +128,15 @@ def _report(recorder: Recorder, chosen: WorkloadConfig, kind: str) -> Report:
 # What is learnt from a live run.
 
 
-def calibrated(profile: Profile, slices: list[LiveSlice]) -> Profile:
-    """The profile with slice times and host cost fitted to slices of a live run."""
+def calibrated(profile: Profile, log: Path) -> Profile:
+    """The profile with slice times and host cost fitted to a live run's slices; the host's to those
+    that ran alone, since others hid some of it."""
+    slices, alone = read_live(log), read_live(log, alone=True)
     typical_s = statistics.median(gap_s for _, _, gap_s in slices)
-    usual = [each for each in slices if each[2] < 10 * typical_s]
-    time = fit_time([(shape, slice_s) for shape, slice_s, _ in usual])
+    time = fit_time(
+        [(shape, slice_s) for shape, slice_s, gap_s in slices if gap_s < 10 * typical_s]
+    )
+    usual = [each for each in alone if each[2] < 10 * typical_s]
     host = fit_host([(shape, gap_s - slice_s) for shape, slice_s, gap_s in usual])
     return replace(profile, time=replace(time, host=host))
 
