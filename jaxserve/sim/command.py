@@ -34,6 +34,7 @@ TELL_EVERY_S: Final = 0.2
 TELL_LINES_EVERY_S: Final = 5.0
 _OF_POOLS: Final = ("slice_steps", "max_rows", "max_prefill_tokens", "page_size", "num_pages")
 """The engine's settings that mean something under a pool planner."""
+_POLICIES: Final = ("preset", "order", "admission", "slicing", "victim", "routing", "pool")
 
 
 def main(settings: Settings) -> int:
@@ -103,9 +104,13 @@ def _check_pool(settings: Settings, sim: SimConfig) -> None:
 
 
 def _title(settings: Settings, workload: Workload) -> str:
-    preset, sim = settings.record(PresetConfig).preset, settings.record(SimConfig)
+    """The workload, the policies that somebody chose, the fleet."""
+    sim, values = settings.record(SimConfig), settings.as_text()
+    given = {*settings.given(PresetConfig), *settings.given(EngineConfig)}
+    given.update(settings.given(SimConfig))
+    chosen = " ".join(values[name] for name in _POLICIES if name in given) or "default"
     replicas = "1 replica" if sim.replicas == 1 else f"{sim.replicas} replicas"
-    return f"{workload.name}: {preset}, {replicas} of {sim.profile}"
+    return f"{workload.name}: {chosen}, {replicas} of {sim.profile}"
 
 
 class _Progress:
