@@ -51,7 +51,7 @@ COMMANDS: Final = {
     "bench": Command(
         "load a server, ours or any of OpenAI's dialect, and measure it",
         "jaxserve.bench.load_command",
-        "jaxserve bench --server=127.0.0.1:8470 --rate=8 --html=run.html",
+        "jaxserve bench --server=127.0.0.1:8470 --rate=8 --length_scale=0.25",
         (table.BENCH, table.AGAINST_SIMULATION, table.SWEEP, table.WORKLOAD, table.OUTPUT),
     ),
     "simulate": Command(

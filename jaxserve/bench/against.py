@@ -20,7 +20,7 @@ _GROUPS = (table.SIMULATED_MEMORY, table.FLEET_SCHEDULING)
 
 def like_server(facts: ServerFacts, sim: SimConfig, profile: Profile) -> Deployment:
     """One replica configured as the server is. Raises ConfigError where it does not say how, and
-    for a profile of another model or page size."""
+    for a profile of another model, page size or number of devices."""
     if not facts.configuration or facts.num_pages is None:
         raise ConfigError(
             "against: got 'simulate', and the server does not say how it is configured; allowed:"
@@ -30,6 +30,11 @@ def like_server(facts: ServerFacts, sim: SimConfig, profile: Profile) -> Deploym
         raise ConfigError(
             f"profile: got one of {profile.model_name}; allowed: one of {facts.model}, which the"
             " server has"
+        )
+    if facts.num_devices not in (None, profile.num_devices):
+        raise ConfigError(
+            f"profile: got one of {profile.num_devices} devices; allowed: one of"
+            f" {facts.num_devices}, which the server runs on (--mesh)"
         )
     engine = _engine_of(facts.configuration)
     cache = replace(engine.cache, num_pages=facts.num_pages)

@@ -105,6 +105,7 @@ class GrpcTransport:
             vocab_size=model.vocab_size,
             max_context=model.max_context,
             num_pages=server.kv_pages,
+            num_devices=server.num_devices or None,  # a scripted engine has none
             configuration=dict(sorted(server.configuration.items())),
             described=described,
         )

@@ -48,6 +48,7 @@ class ServerFacts:
     vocab_size: int | None = None
     max_context: int | None = None
     num_pages: int | None = None
+    num_devices: int | None = None
     configuration: Mapping[str, str] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
 

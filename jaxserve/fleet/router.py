@@ -111,7 +111,3 @@ class Router:
     def dispatched(self, replica: int) -> int:
         """How many requests were sent to the replica since it joined."""
         return int(self.views.dispatched[replica])
-
-    def num_outstanding(self) -> int:
-        """Requests that were sent and have not ended."""
-        return len(self._sent)

@@ -226,7 +226,9 @@ class FleetSimulation:
                 self._end(live, delta.finish.value)
 
     def _on_refusal(self, request_id: str, error: JaxserveError) -> None:
-        self._end(self._live[request_id], "refused")
+        live = self._live.get(request_id)
+        if live is not None:  # else its client left before the replica saw it
+            self._end(live, "refused")
 
     def _end(self, live: _Live, reason: str) -> None:
         now_s, work = self.agenda.now(), live.work

@@ -11,8 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.schedulers.estimators.slice_time import SliceTime
-
-from .pool_executors import BatchRun, Row
+from jaxserve.sim.pool_executors import BatchRun, Row
 
 
 @runtime_checkable

@@ -21,11 +21,10 @@ from jaxserve.schedulers.estimators.slice_time import SliceTime
 from jaxserve.schedulers.pool.catalog import POOLS, make_pool
 from jaxserve.schedulers.pool.planner import Planner, PoolSetup
 from jaxserve.schedulers.pool.request import Batch, PoolRequest, Ran
+from jaxserve.sim.padded_static import PaddedTime, padded_static
+from jaxserve.sim.pool_executors import BatchRun, Row, continuous_slice
 from jaxserve.workload.feed import Feed
 from jaxserve.workload.work import Work
-
-from .padded_static import PaddedTime, padded_static
-from .pool_executors import BatchRun, Row, continuous_slice
 
 Tick = Callable[[int, float], None]
 """Is told how many requests have ended, and the virtual time in seconds."""

@@ -18,7 +18,7 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.event_log import plan_to_json, read_events, request_from_json
 from jaxserve.engine.plan import SlicePlan, SliceResult
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.request import FinishReason
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 from jaxserve.sim.agenda import Agenda
@@ -44,7 +44,7 @@ class Recorded:
 
 
 def read_recorded(path: str | Path) -> Recorded:
-    """An event log. Raises ConfigError naming file, line and fault."""
+    """An event log. Raises ConfigError naming file, line and fault, and where seeds repeat."""
     events = read_events(path)
     recorded = Recorded(record_from_dict(CoreConfig, next(events)["config"]))
     seed_in: dict[int, int] = {}  # by slot
@@ -64,6 +64,11 @@ def read_recorded(path: str | Path) -> Recorded:
                 for row in plan["rows"]:
                     if "start" in row:
                         start = row["start"]
+                        if start["seed"] in recorded.outputs.end_length:
+                            raise ConfigError(
+                                f"{path}: two requests have seed {start['seed']}; allowed: a log"
+                                " whose requests all have seeds of their own, which tell them apart"
+                            )
                         seed_in[row["slot"]] = start["seed"]
                         prompts[start["seed"]] = len(start["prompt"])
                 seeds[plan["number"]] = [_seed(row, seed_in) for row in plan["rows"]]

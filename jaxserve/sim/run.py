@@ -1,7 +1,6 @@
 """From settings to a simulated fleet, and its run into a recorder. Knows no flags."""
 
 from dataclasses import dataclass, fields, replace
-from zlib import crc32
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.buckets import Buckets
@@ -43,6 +42,10 @@ class Deployment:
     profile: Profile
 
     def __post_init__(self) -> None:
+        if self.engine.cache.prefix_scope == "group":
+            raise ConfigError(
+                "prefix_scope: got 'group'; allowed: auto, client, all: workloads have no groups"
+            )
         size = self.engine.cache.page_size
         if size != self.profile.page_size:
             raise ConfigError(
@@ -153,9 +156,10 @@ def build_fleet(
         host_overlaps=profile.host_overlaps,
     )
     by_client = engine.cache.prefix_scope == "client"
+    scopes: dict[str, int] = {}
 
     def page_keys(work: Work) -> tuple[bytes, ...]:
-        scope = crc32(work.client.encode()) if by_client else 0
+        scope = scopes.setdefault(work.client, len(scopes)) if by_client else 0
         return page_keys_of(work, workload.block_size, page_size=size, scope=scope)
 
     return FleetSimulation(

@@ -85,10 +85,6 @@ class RecursiveLeastSquares:
     def coefficients(self) -> np.ndarray:
         return self._weights * self._scale
 
-    def predict(self, row: np.ndarray) -> float:
-        """The value at one row [C] of columns."""
-        return float(self._weights @ (row * self._scale))
-
     def observe(self, row: np.ndarray, value: float) -> None:
         """Learn from one point."""
         x = row * self._scale

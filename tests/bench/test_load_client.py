@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 
 from jaxserve import launch
+from jaxserve.bench.against import like_server
 from jaxserve.bench.client_cost import even_workload, measure, mock_server
 from jaxserve.bench.grpc_transport import GrpcTransport
 from jaxserve.bench.http_transport import HttpTransport
 from jaxserve.bench.load_client import LoadClient
 from jaxserve.bench.peers.jaxserve_peer import Server, serving
 from jaxserve.bench.tally import Tally
-from jaxserve.bench.transport import Asking, Transport, read_client_keys
+from jaxserve.bench.transport import Asking, ServerFacts, Transport, read_client_keys
 from jaxserve.errors import ConfigError
+from jaxserve.models.profile import find_profile
 from jaxserve.report.recorder import Recorder
 from jaxserve.report.report import read_report
+from jaxserve.sim_config import SimConfig
 from jaxserve.workload.feed import Feed
 from jaxserve.workload.work import Work, Workload
 
@@ -443,6 +446,14 @@ def test_a_simulation_needs_a_profile_of_what_is_served(server, write_profile, c
     arguments = [f"--server={server.target}", *SMALL, "--num_requests=2", "--against=simulate"]
     assert bench(*arguments, f"--profile={other}") == 2
     assert "profile: got one of tiny; allowed: one of llama-14m" in capfd.readouterr().err
+
+
+def test_a_simulation_needs_a_profile_of_as_many_devices(profile):
+    facts = ServerFacts(
+        model="llama-14m", num_pages=64, num_devices=2, configuration={"order": "fcfs"}
+    )
+    with pytest.raises(ConfigError, match="profile: got one of 1 devices; allowed: one of 2"):
+        like_server(facts, SimConfig(), find_profile(profile))
 
 
 @pytest.mark.parametrize(

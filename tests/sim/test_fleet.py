@@ -173,6 +173,33 @@ def test_held_requests_run_when_a_replica_is_back() -> None:
     assert recorder.delivered_columns()[1].min() > 4.0
 
 
+def test_a_client_may_leave_before_its_request_is_refused() -> None:
+    """It is on its way when its client hangs up; the replica, whose queue is full, refuses it."""
+    works = [work(i) for i in range(3)] + [work(3, abort_s=0.01)]
+    deployed = deployment(scheduler={"max_rows": 1, "max_waiting": 1}, submit_s=0.02)
+    recorder = run(of(*works), deployed)
+    reasons = {number: reason for number, _, reason in recorder.ends}
+    assert reasons[3] == "abort" and "refused" in reasons.values()
+    assert len(recorder.ends) == 4
+
+
+def test_clients_share_no_prefix_where_they_may_not() -> None:
+    """Two clients with one prompt: found cached by the second, unless the cache is by client."""
+    works = [work(i, arrival_s=float(i), client=f"c{i}", blocks=(7,)) for i in range(2)]
+    shared = dataclasses.replace(of(*works), block_size=128, has_clients=True)
+    cached = {}
+    for scope in ("all", "client"):
+        base = deployment()
+        cache = dataclasses.replace(base.engine.cache, prefix_scope=scope)
+        engine = dataclasses.replace(base.engine, cache=cache)
+        recorder = run(shared, dataclasses.replace(base, engine=engine))
+        cached[scope] = recorder.ended_columns()["cached"].tolist()
+    assert cached == {"all": [0, 64], "client": [0, 0]}
+    with pytest.raises(ConfigError, match="prefix_scope: got 'group'; allowed: auto, client, all"):
+        cache = CacheConfig(page_size=64, num_pages=8, prefix_scope="group")
+        Deployment(engine=EngineConfig(cache=cache), sim=SimConfig(), profile=H200)
+
+
 def test_a_closed_loop_keeps_so_many_under_way() -> None:
     recorder = run(mix(), deployment(), loop="closed", concurrency=4)
     sent, ended = recorder.sent_columns()["at_s"], sorted(at_s for _, at_s, _ in recorder.ends)
