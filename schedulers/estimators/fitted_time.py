@@ -135,7 +135,7 @@ def fit_host(points: Sequence[Measured]) -> HostTime:
     try:
         return HostTime(*fit_not_negative(columns, seconds).tolist())
     except ValueError:
-        return HostTime(float(seconds.mean())) if len(points) else HostTime()
+        return HostTime(max(0.0, float(seconds.mean()))) if len(points) else HostTime()
 
 
 def _decode_steps(shape: SliceShape) -> int:
