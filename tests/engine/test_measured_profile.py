@@ -203,7 +203,10 @@ def test_a_live_log_tells_what_the_host_cost(write_profile, tmp_path: Path) -> N
     profile = find_profile(name)
     assert len(slices) >= 3 and live_error(profile, slices).largest < 1e-9
     assert sum(gap_s for _, _, gap_s in slices) > 0.5 * sum(slice_s for _, slice_s, _ in slices)
-    live = with_live_host(profile, slices)
+    # Beside other work this host's own cost may be lost in how late a sleep ends.
+    live = with_live_host(
+        profile, [(shape, slice_s, gap_s + 0.01) for shape, slice_s, gap_s in slices]
+    )
     assert live.key != profile.key
     shape, slice_s, _ = slices[0]
     assert live.time.slice_s(shape) == pytest.approx(slice_s)
