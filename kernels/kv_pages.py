@@ -35,6 +35,27 @@ class KvPages(NamedTuple):
         return self.v_NKSC.shape[2]
 
 
+class RowPages(NamedTuple):
+    """The pages of one layer as GPU and TPU kernels read them: a token's key and value in one row.
+
+    Dimension key: D = 2C, keys in 0..C-1 and values in C..2C-1  Z = 2S, scales of keys, then of
+    values. One copy moves keys and values, and on a TPU, whose rows have 128 lanes, heads of 64
+    channels waste nothing. `scale_NKZ` (float32) is there for int8 and fp8 pages only: a stored
+    number times its token's and head's scale is what was written.
+    """
+
+    kv_NKSD: jax.Array
+    scale_NKZ: jax.Array | None
+
+    @property
+    def num_pages(self) -> int:
+        return self.kv_NKSD.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.kv_NKSD.shape[2]
+
+
 def init_pages(
     num_pages: int, *, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> KvPages:
