@@ -129,16 +129,14 @@ def _report(recorder: Recorder, chosen: WorkloadConfig, kind: str) -> Report:
 
 
 def calibrated(profile: Profile, log: Path) -> Profile:
-    """The profile with slice times and host cost fitted to a live run's slices; the host's to those
-    that ran alone, since others hid some of it."""
-    slices, alone = read_live(log), read_live(log, alone=True)
-    typical_s = statistics.median(gap_s for _, _, gap_s in slices)
-    time = fit_time(
-        [(shape, slice_s) for shape, slice_s, gap_s in slices if gap_s < 10 * typical_s]
-    )
-    usual = [each for each in alone if each[2] < 10 * typical_s]
-    host = fit_host([(shape, gap_s - slice_s) for shape, slice_s, gap_s in usual])
-    return replace(profile, time=replace(time, host=host))
+    """The profile with slice times and host cost fitted to a live run's slices, which hold what the
+    host took of the device's core."""
+    slices = read_live(log)
+    typical_s = statistics.median(each.gap_s for each in slices)
+    usual = [each for each in slices if each.gap_s < 10 * typical_s]
+    time = fit_time([(each.shape, each.slice_s) for each in usual])
+    host = fit_host([(each.handled, each.host_s) for each in usual])
+    return replace(profile, time=replace(time, host=host), host_overlaps=True)
 
 
 def front_end(live: Live) -> tuple[float, float]:

@@ -6,6 +6,7 @@ front end and clients, and on a machine with few cores they take time from every
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,17 @@ from jaxserve.request import Request, SamplingParams
 from jaxserve.schedulers.estimators.fitted_time import Measured
 from jaxserve.schedulers.estimators.serving_time import SliceShape
 
-LiveSlice = tuple[SliceShape, float, float]
-"""What ran, the device's seconds as logged, and the seconds since the last slice's end."""
+
+@dataclass(frozen=True, slots=True)
+class LiveSlice:
+    """What the device ran, and its seconds; the seconds since the last slice's end; what the host
+    handled, padding left out, and its processor's seconds."""
+
+    shape: SliceShape
+    slice_s: float
+    gap_s: float
+    handled: SliceShape
+    host_s: float
 
 
 def measure_core(
@@ -52,23 +62,26 @@ def measure_core(
     while requests or not core.idle:
         while requests and len(core.jobs) < config.scheduler.max_rows:
             core.submit(requests.pop(), now_s)
-        began_s = time.perf_counter()
+        began_s = time.thread_time()
         plan = core.next_slice(now_s)
-        host_s += time.perf_counter() - began_s
+        host_s += time.thread_time() - began_s
         if plan is not None:
             flights.append((plan, executor.dispatch(plan)))
             continue
-        _, ticket = flights.popleft()
+        plan, ticket = flights.popleft()
         result = executor.wait(ticket)
         now_s += result.slice_s
-        began_s = time.perf_counter()
+        began_s = time.thread_time()
         core.complete(result, now_s)
         core.take_deltas()
-        host_s += time.perf_counter() - began_s
-        shape = SliceShape(result.steps_run, result.rows_run, 0, result.prefill_run)
-        points.append((shape, host_s))
+        host_s += time.thread_time() - began_s
+        points.append((_handled(plan), host_s))
         host_s = 0.0
     return points
+
+
+def _handled(plan: SlicePlan) -> SliceShape:
+    return SliceShape(plan.steps, len(plan.rows), 0, plan.num_prefill_tokens)
 
 
 def _requests(model: ModelConfig, count: int, *, most_tokens: int) -> list[Request]:
@@ -114,7 +127,10 @@ def _read_live(path: str | Path, alone: bool) -> list[LiveSlice]:
             result, (plan, wanted) = event["result"], flights.popleft()
             shape = _shape(plan, result, lengths)
             if wanted and last_s is not None:
-                slices.append((shape, result["slice_s"], event["now_s"] - last_s))
+                gap_s = event["now_s"] - last_s
+                slices.append(
+                    LiveSlice(shape, result["slice_s"], gap_s, _handled(plan), result["host_s"])
+                )
             last_s = event["now_s"]
     return slices
 

@@ -208,22 +208,25 @@ def _bilinear(
 
 def live_error(profile: Profile, slices: Sequence[LiveSlice]) -> FitError:
     """Of predicted beside logged device seconds, of slices from a live log."""
-    return error_on(profile.time, [(shape, seconds) for shape, seconds, _ in slices])
+    return error_on(profile.time, [(each.shape, each.slice_s) for each in slices])
 
 
 def with_live_host(profile: Profile, slices: Sequence[LiveSlice]) -> Profile:
-    """The profile with the host's work as a live server had it: all that a slice took from the end
-    of the one before, beyond what the device is predicted to be busy.
+    """The profile with the host's work as a live server had it.
 
-    Where host and device share a core this holds the front end's share of it too. Slices that took
-    ten times the median are left out: the server waited for something.
+    Where host and device share a core it is all that a slice took from the end of the one before,
+    beyond what the device is predicted to be busy: the front end's share of the core too. Slices
+    that took ten times the median are left out: the server waited for something.
     """
     time_ = profile.time
-    typical_s = statistics.median(gap_s for _, _, gap_s in slices)
+    typical_s = statistics.median(each.gap_s for each in slices)
     points = [
-        (shape, gap_s - time_.slice_s(shape))
-        for shape, _, gap_s in slices
-        if gap_s < 10 * typical_s
+        (
+            each.handled,
+            each.host_s if profile.host_overlaps else each.gap_s - time_.slice_s(each.shape),
+        )
+        for each in slices
+        if each.gap_s < 10 * typical_s
     ]
     return replace(profile, time=replace(time_, host=fit_host(points)))
 

@@ -93,7 +93,8 @@ class SliceResult:
 
     `tokens[b]` are those that row b made, `codes[b]` is a `Code`; lists, which is what the core
     goes through row by row.
-    `slice_s` is the time the device was busy with it, `host_s` the host's work around it.
+    `slice_s` is the time the device was busy with it, `host_s` the host's work around it,
+    in seconds of its processor.
     `rows_run` and `prefill_run` are the bucket that really ran.
     """
 

@@ -246,7 +246,7 @@ class FleetSimulation:
         replica.process = process = SimulatedReplica(
             core,
             lambda clock: self._device.executor(clock, self._outputs),
-            ModelledHost(self._device.time),
+            ModelledHost(self._device.time, overlaps=self._device.host_overlaps),
             self.agenda,
             host_overlaps=self._device.host_overlaps,
             on_deltas=self._on_deltas,

@@ -5,6 +5,7 @@ this short its dozen calls of numpy take 8 us, or 14 beside a scheduler's other 
 Knows no seconds and no slices.
 """
 
+import math
 from operator import mul
 
 _Number = float | int
@@ -23,7 +24,8 @@ class FiveTerms:
     """Coefficients kept up to date, point by point; older points count less and less.
 
     `scale` multiplies the columns so that the normal matrix stays well conditioned; `uncertainty`
-    says how far the scaled first coefficients may be off.
+    is the variance of the scaled first coefficients where a point's is 1, and the most that a
+    coefficient's ever becomes: forgetting would let it grow for one that no point tells about.
     """
 
     def __init__(self, first: Terms, *, scale: Terms, forgetting: float, uncertainty: float = 1e2):
@@ -38,7 +40,7 @@ class FiveTerms:
             (0.0, 0.0, 0.0, u),
             (0.0, 0.0, 0.0, 0.0, u),
         )
-        self._most_trace = max(1e6, 5 * u)
+        self._uncertainty = u
 
     def observe(self, row: Terms, value: _Number) -> None:
         """Learn from one point."""
@@ -67,25 +69,33 @@ class FiveTerms:
             w4 + g4 * error,
         )
         self.coefficients = tuple(map(mul, self._weights, self._scale))
-        trace = c00 + c11 + c22 + c33 + c44 - g0 * s0 - g1 * s1 - g2 * s2 - g3 * s3 - g4 * s4
         grow = 1 / self._forgetting
-        if grow * trace > self._most_trace:  # no new directions let it blow up: bound it
-            grow = self._most_trace / trace
+        c00, c10, c11 = (c00 - g0 * s0) * grow, (c10 - g1 * s0) * grow, (c11 - g1 * s1) * grow
+        c20, c21, c22 = (c20 - g2 * s0) * grow, (c21 - g2 * s1) * grow, (c22 - g2 * s2) * grow
+        c30, c31, c32 = (c30 - g3 * s0) * grow, (c31 - g3 * s1) * grow, (c32 - g3 * s2) * grow
+        c33, c43 = (c33 - g3 * s3) * grow, (c43 - g4 * s3) * grow
+        c40, c41, c42 = (c40 - g4 * s0) * grow, (c41 - g4 * s1) * grow, (c42 - g4 * s2) * grow
+        c44, most = (c44 - g4 * s4) * grow, self._uncertainty
         self._covariance = (
-            ((c00 - g0 * s0) * grow,),
-            ((c10 - g1 * s0) * grow, (c11 - g1 * s1) * grow),
-            ((c20 - g2 * s0) * grow, (c21 - g2 * s1) * grow, (c22 - g2 * s2) * grow),
-            (
-                (c30 - g3 * s0) * grow,
-                (c31 - g3 * s1) * grow,
-                (c32 - g3 * s2) * grow,
-                (c33 - g3 * s3) * grow,
-            ),
-            (
-                (c40 - g4 * s0) * grow,
-                (c41 - g4 * s1) * grow,
-                (c42 - g4 * s2) * grow,
-                (c43 - g4 * s3) * grow,
-                (c44 - g4 * s4) * grow,
-            ),
+            (c00,),
+            (c10, c11),
+            (c20, c21, c22),
+            (c30, c31, c32, c33),
+            (c40, c41, c42, c43, c44),
+        )
+        if c00 > most or c11 > most or c22 > most or c33 > most or c44 > most:
+            self._bound_variances()
+
+    def _bound_variances(self) -> None:
+        """Take the largest variances back to the bound, correlations as they are."""
+        a, b, c, d, e = self._covariance
+        most = self._uncertainty
+        variances = (a[-1], b[-1], c[-1], d[-1], e[-1])
+        f, g, h, i, j = (math.sqrt(most / v) if v > most else 1.0 for v in variances)
+        self._covariance = (
+            (a[0] * f * f,),
+            (b[0] * g * f, b[1] * g * g),
+            (c[0] * h * f, c[1] * h * g, c[2] * h * h),
+            (d[0] * i * f, d[1] * i * g, d[2] * i * h, d[3] * i * i),
+            (e[0] * j * f, e[1] * j * g, e[2] * j * h, e[3] * j * i, e[4] * j * j),
         )

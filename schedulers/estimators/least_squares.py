@@ -64,7 +64,9 @@ class RecursiveLeastSquares:
     """Coefficients kept up to date, point by point; older points count less and less.
 
     `scale` [C] multiplies the columns so that the normal matrix stays well conditioned;
-    `uncertainty` says how far the scaled first coefficients may be off.
+    `uncertainty` is the variance of the scaled first coefficients where a point's is 1, and the
+    most that a coefficient's ever becomes: forgetting would let it grow for one that no point tells
+    about.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class RecursiveLeastSquares:
         self._forgetting = forgetting
         self._weights = first / scale
         self._covariance = np.eye(len(first)) * uncertainty
-        self._most_trace = max(1e6, len(first) * uncertainty)
+        self._uncertainty = uncertainty
 
     @property
     def coefficients(self) -> np.ndarray:
@@ -93,6 +95,7 @@ class RecursiveLeastSquares:
         self._weights += spread * ((value - self._weights @ x) / total)
         self._covariance -= spread[:, None] * spread / total  # symmetric to the last bit
         self._covariance /= self._forgetting
-        trace = self._covariance.trace()
-        if trace > self._most_trace:  # forgetting without new directions lets it blow up: bound it
-            self._covariance *= self._most_trace / trace
+        variances = self._covariance.diagonal()
+        if variances.max() > self._uncertainty:
+            shrink = np.sqrt(self._uncertainty / variances.clip(min=self._uncertainty))
+            self._covariance *= shrink[:, None] * shrink

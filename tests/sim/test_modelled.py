@@ -76,7 +76,10 @@ def test_it_does_what_the_scripted_device_does(prompts, slicing, slice_steps, nu
     scripted = ScriptedExecutor(vocab_size=VOCAB, eos_token_ids=(EOS,))
     device, _ = modelled(outputs)
     for seed, (prompt, max_tokens) in enumerate(prompts):
-        outputs.end_length[seed] = len(prompt) + output_length(prompt, max_tokens)
+        length = output_length(prompt, max_tokens)
+        outputs.end_length[seed] = len(prompt) + length
+        # What the scripted device goes on from after a preemption.
+        outputs.tokens[seed] = [(prompt[-1] + 1 + i) % VOCAB for i in range(length)]
         params = SamplingParams(max_tokens=max_tokens, seed=seed)
         core.submit(
             Request(request_id=str(seed), prompt=np.array(prompt, np.int32), params=params), 0.0

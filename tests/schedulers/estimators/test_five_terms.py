@@ -37,4 +37,5 @@ def test_ten_thousand_slices_that_are_alike_do_no_harm() -> None:
     alike: Terms = (1.0, 1.0, 1.0, 100.0, 0.0)
     for row in [alike] * 10_000 + rows(500):
         fit.observe(row, float(np.dot(row, truth)))
-    assert fit.coefficients == pytest.approx(truth, rel=1e-3)
+    # As sure as of the first coefficients it remains, not surer: they keep a little weight.
+    assert fit.coefficients == pytest.approx(truth, rel=1e-2)
