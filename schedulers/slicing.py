@@ -156,12 +156,15 @@ class AdaptiveParameters:
 class Adaptive:
     """The length that loses least, in row-steps per step.
 
-    A slice of S steps over B rows costs the host's work once, H steps' worth of time for B rows.
-    What ends or arrives inside it waits for its end, S / 2 steps on average; with a second slice in
-    flight it waits for that one too, but the host's work is hidden. With r such events per step
-        depth 1:  (H B + r S^2 / 2) / S      least at S = sqrt(2 H B / r)
-        depth 2:  (F B + 3 r S^2 / 2) / S    least at S = sqrt(2 F B / (3 r)), and S >= H
-    where F is the fixed cost of a dispatch on the device. Events are arrivals, estimated from their
+    A slice of S steps over B rows costs the host's work once, H steps' worth of time for B rows, a
+    dispatch's fixed cost on the device, F, and P more if there are prompts in it. What ends or
+    arrives inside it waits for its end, S / 2 steps on average; with a second slice in flight it
+    waits for that one too, but the host's work is hidden. With r such events per step, each of
+    which brings a prompt, P' = P (1 - exp(-r S)) is paid on average, and a step loses
+        depth 1:  (H + F + P') B / S + r S / 2
+        depth 2:  (F + P') B / S + 3 r S / 2      with S >= H
+    Without P the first is least at S = sqrt(2 (H + F) B / r); with it slices are longer, which
+    gathers prompts into fewer of them. Events are arrivals, estimated from their
     gaps, and, only when there is a backlog, rows that end (hazard per token): an idle row
     costs nothing that anybody waits for otherwise. With a backlog the slice may run to 2 S but ends
     once r S rows have ended, which is what S stands for. Prompts cut by the token budget make it
@@ -214,14 +217,13 @@ class Adaptive:
             steps, depth = self._bounded(1.0, view, rows, self._bounds.depth)
             return SliceLength(steps, rows, depth)
         step_s, fixed_s = self._step_s(view, rows)
+        prompts = self._time.prompts_s() / step_s
         ends = rows * max(self._ended / self._made, 1e-6) if view.backlog else 0.0
         events = ends + (0.0 if view.backlog else self._arrivals_per_s(view.now_s) * step_s)
         events = max(events, 1e-9)
         host, fixed = self._host_s / step_s, fixed_s / step_s
-        one = math.sqrt(2 * (host + fixed) * rows / events)
-        loss_one = (host + fixed) * rows / one + events * one / 2
-        two = max(host, math.sqrt(2 * fixed * rows / (3 * events)), 1.0)
-        loss_two = fixed * rows / two + 1.5 * events * two
+        one, loss_one = least_loss(host + fixed, prompts, rows, events, waits=1, at_least=0.0)
+        two, loss_two = least_loss(fixed, prompts, rows, events, waits=3, at_least=max(host, 1.0))
         depth = 2 if self._bounds.overlap and loss_two < loss_one else 1
         best = two if depth == 2 else one
         longest = max(view.remaining, default=1)
@@ -258,3 +260,19 @@ class Adaptive:
                 return 1, 1
             best = max(1, min(best - 1, int(best * gap_s / flight_s)))
         return best, depth
+
+
+def least_loss(
+    fixed: float, prompts: float, rows: int, events: float, *, waits: int, at_least: float
+) -> tuple[float, float]:
+    """The S with the least (fixed + prompts (1 - exp(-events S))) rows / S + waits events S / 2,
+    and that. Where the derivative is 0, S^2 waits events / (2 rows) is the fixed cost and the
+    share 1 - (1 + x) exp(-x), x = events S, of the prompts': found by going there a few times."""
+    square = 2 * rows / (waits * events)
+    steps = math.sqrt(square * fixed)
+    for _ in range(3):
+        x = events * steps
+        steps = math.sqrt(square * (fixed + prompts * (1 - (1 + x) * math.exp(-x))))
+    steps = max(steps, at_least)
+    cost = fixed + prompts * -math.expm1(-events * steps)
+    return steps, cost * rows / steps + waits * events * steps / 2

@@ -7,7 +7,7 @@ and the host's cost fitted to its event log, and the ways through the front end.
 import asyncio
 import os
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from jaxserve.bench.peers.jaxserve_peer import serving
 from jaxserve.bench.tally import Tally
 from jaxserve.bench.transport import Asking, ServerFacts
 from jaxserve.engine.event_log import read_events, replay
-from jaxserve.engine.measure_host import read_live
+from jaxserve.engine.measure_host import LiveSlice, read_live
 from jaxserve.models.profile import Profile
 from jaxserve.report.measure import measure
 from jaxserve.report.recorder import Recorder
@@ -128,15 +128,22 @@ def _report(recorder: Recorder, chosen: WorkloadConfig, kind: str) -> Report:
 # What is learnt from a live run.
 
 
-def calibrated(profile: Profile, log: Path) -> Profile:
-    """The profile with slice times and host cost fitted to a live run's slices, which hold what the
-    host took of the device's core."""
+def calibrated(profile: Profile, logs: Sequence[Path], of: Path) -> Profile:
+    """The profile with slice times and host cost of live runs, which hold what the host took of the
+    device's core: terms fitted to the slices of all `logs`, for one run meets some programs hardly
+    ever; how fast the machine was, and the host, as in run `of`, for its speed drifts."""
+    time = fit_time([(each.shape, each.slice_s) for log in logs for each in _usual(log)])
+    now = _usual(of)
+    speed = statistics.median(each.slice_s / time.slice_s(each.shape) for each in now)
+    host = fit_host([(each.handled, each.host_s) for each in now])
+    return replace(profile, time=replace(time.scaled(speed), host=host), host_overlaps=True)
+
+
+def _usual(log: Path) -> list[LiveSlice]:
+    """Slices but those of ten times the median: the server waited for something."""
     slices = read_live(log)
     typical_s = statistics.median(each.gap_s for each in slices)
-    usual = [each for each in slices if each.gap_s < 10 * typical_s]
-    time = fit_time([(each.shape, each.slice_s) for each in usual])
-    host = fit_host([(each.handled, each.host_s) for each in usual])
-    return replace(profile, time=replace(time, host=host), host_overlaps=True)
+    return [each for each in slices if each.gap_s < 10 * typical_s]
 
 
 def front_end(live: Live) -> tuple[float, float]:

@@ -12,7 +12,7 @@ every size, beyond the measured range too.
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -64,6 +64,16 @@ class FittedTime:
 
     def host_s(self, shape: SliceShape) -> float:
         return self.host.seconds(shape)
+
+    def scaled(self, factor: float) -> "FittedTime":
+        """The same on a device that takes `factor` times as long; the host's part as it is."""
+        terms = {
+            field.name: factor * getattr(self, field.name)
+            for field in fields(self)
+            if field.type is float
+        }
+        curve = Curve(self.step_s.sizes, tuple(factor * s for s in self.step_s.seconds))
+        return replace(self, step_s=curve, **terms)
 
 
 @dataclass(frozen=True, slots=True)

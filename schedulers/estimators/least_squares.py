@@ -2,6 +2,8 @@
 coefficients, and online. Knows no seconds and no slices.
 """
 
+from typing import Final
+
 import numpy as np
 
 
@@ -60,6 +62,9 @@ def _step_inside(
     return weights
 
 
+_SLACK: Final = 1.5
+
+
 class RecursiveLeastSquares:
     """Coefficients kept up to date, point by point; older points count less and less.
 
@@ -96,6 +101,6 @@ class RecursiveLeastSquares:
         self._covariance -= spread[:, None] * spread / total  # symmetric to the last bit
         self._covariance /= self._forgetting
         variances = self._covariance.diagonal()
-        if variances.max() > self._uncertainty:
+        if variances.max() > _SLACK * self._uncertainty:  # now and then, not at every point
             shrink = np.sqrt(self._uncertainty / variances.clip(min=self._uncertainty))
             self._covariance *= shrink[:, None] * shrink

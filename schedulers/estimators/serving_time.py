@@ -1,15 +1,17 @@
 """How long a slice takes, learnt from slices that ran.
 
-A slice of `steps` steps over B rows (the bucket that really runs) costs
-    t = a + steps * (b + c B) + d * sum over steps of tokens attended + e * prefill tokens
-The terms are those of SCLS's model (`bilinear.py`) summed over a slice whose rows have any length,
-with a fixed cost of dispatch. Fitted by recursive least squares with forgetting; slices that
-compiled something must not be fed.
+A slice over B rows (the bucket that really runs) costs
+    t = a + m [with prompts] + steps * (b + c B) + d * sum over steps of tokens attended
+        + e * prefill tokens
+where step 0 of a slice with prompts is no decode step. The terms are those of SCLS's model
+(`bilinear.py`) summed over a slice whose rows have any length, with the fixed costs of a dispatch
+and of a step with prompts. Fitted by recursive least squares with forgetting; slices that compiled
+something must not be fed.
 """
 
 from typing import Final, NamedTuple
 
-from .five_terms import FiveTerms
+from .six_terms import SixTerms
 
 
 class SliceShape(NamedTuple):
@@ -28,12 +30,11 @@ class SliceShape(NamedTuple):
     prefill_attended_tokens: int = 0
 
 
-_FIRST: Final = (1e-3, 2e-3, 1e-4, 1e-7, 1e-4)
-_DEVIATION: Final = (1e-3, 1e-1, 1e-2, 1e-4, 1e-1)
+_FIRST: Final = (1e-3, 2e-3, 2e-3, 1e-4, 1e-7, 1e-4)
+_DEVIATION: Final = (1e-3, 2e-2, 1e-1, 1e-2, 1e-4, 1e-1)
 """How far the first values may be off: of a dispatch little, of the others anything. Under load
-nearly every slice has prompts, and what step 0 costs beyond a decode step is not to be told from a
-dispatch; believed to be one, it makes slices several times too long (measured on a CPU: 30 to 60 ms
-instead of 2)."""
+nearly every slice has prompts, and what theirs cost is not to be told from a dispatch; believed to
+be one, it was 30 to 60 ms instead of 2 (measured on a CPU), or none of both."""
 _SPREAD: Final = 0.08
 """Of identical slices, relative: short slices weigh as much as long ones, and they know what a
 dispatch costs. On the logs of a busy server predictions are off by 4.7 % instead of 6 %."""
@@ -43,26 +44,34 @@ class ServingTime:
     """Online least squares of relative errors, from first values that the first slices overrule."""
 
     def __init__(self, *, forgetting: float = 0.995):
-        self._fit = FiveTerms(_FIRST, scale=_DEVIATION, forgetting=forgetting, uncertainty=1.0)
+        self._fit = SixTerms(_FIRST, scale=_DEVIATION, forgetting=forgetting, uncertainty=1.0)
 
     def predict_s(self, shape: SliceShape) -> float:
         """Seconds; never below a microsecond per step, whatever the fit says outside its data."""
-        fixed, step, row_step, attended, prompt = self._fit.coefficients
+        fixed, mixed, step, row_step, attended, prompt = self._fit.coefficients
         steps, rows, attended_tokens, prefill_tokens, _ = shape
-        seconds = fixed + steps * (step + row_step * rows)
-        seconds += attended * attended_tokens + prompt * prefill_tokens
-        return max(1e-6 * steps, seconds)
+        seconds = fixed + attended * attended_tokens
+        decode_steps = steps
+        if prefill_tokens:
+            seconds += mixed + prompt * prefill_tokens
+            decode_steps -= 1
+        return max(1e-6 * steps, seconds + decode_steps * (step + row_step * rows))
+
+    def prompts_s(self) -> float:
+        """Seconds that a slice with prompts takes beyond its tokens; 0 or more."""
+        return max(0.0, self._fit.coefficients[1])
 
     def observe(self, shape: SliceShape, seconds: float) -> None:
         """Learn from one measured slice."""
         steps, rows, attended_tokens, prefill_tokens, _ = shape
         weight = 1 / (_SPREAD * max(seconds, 1e-6))
-        weighted_steps = weight * steps
+        decode_steps, mixed = (steps - 1, weight) if prefill_tokens else (steps, 0.0)
         self._fit.observe(
             (
                 weight,
-                weighted_steps,
-                weighted_steps * rows,
+                mixed,
+                weight * decode_steps,
+                weight * decode_steps * rows,
                 weight * attended_tokens,
                 weight * prefill_tokens,
             ),

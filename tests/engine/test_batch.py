@@ -70,7 +70,7 @@ def test_a_plan_that_no_program_holds_is_an_error() -> None:
 
 def test_a_deployment_has_few_programs_and_they_hold_every_plan() -> None:
     assert row_buckets(64) == [1, 8, 16, 32, 64] and row_buckets(1) == [1]
-    assert tile_buckets(16) == [4, 16] and tile_buckets(1) == [1]
+    assert tile_buckets(16) == [4, 8, 16] and tile_buckets(1) == [1]
     for rows, tiles in ((1, 1), (8, 16), (64, 16), (100, 32), (256, 64)):
         buckets = make_buckets(rows, tiles)
         assert len(buckets) <= 38, "two more copy pages and set extras: 40 in all"

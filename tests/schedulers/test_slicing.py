@@ -1,6 +1,10 @@
 """How long: when a slice is long, when it is short, and what bounds it."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxserve.schedulers.catalog import make_slicing
 from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceShape
@@ -11,13 +15,15 @@ from jaxserve.schedulers.slicing import (
     SliceLength,
     SlicingView,
     WholeSequence,
+    least_loss,
 )
 
-STEP_S, ROW_S, FIXED_S = 5e-3, 1e-4, 5e-4
+STEP_S, ROW_S, FIXED_S, PROMPTS_S = 5e-3, 1e-4, 5e-4, 7e-3
 
 
 def seconds(shape: SliceShape) -> float:
-    return FIXED_S + shape.steps * (STEP_S + ROW_S * shape.rows)
+    mixed = shape.prefill_tokens > 0
+    return FIXED_S + PROMPTS_S * mixed + (shape.steps - mixed) * (STEP_S + ROW_S * shape.rows)
 
 
 def view(rows: int, *, now_s: float = 0.0, remaining: int = 500, **changes) -> SlicingView:
@@ -182,3 +188,33 @@ def test_every_parameter_of_adaptive_changes_the_plan(shorter, longer, after, ch
 def test_slice_steps_is_the_most_of_adaptive() -> None:
     for slice_steps in (8, 64):
         assert Adaptive(bounds(slice_steps=slice_steps)).choose(view(4)).steps == slice_steps
+
+
+@given(
+    fixed=st.floats(1e-2, 10),
+    prompts=st.floats(0, 20),
+    rows=st.integers(1, 256),
+    events=st.floats(1e-4, 10),
+    waits=st.sampled_from([1, 3]),
+    at_least=st.sampled_from([0.0, 1.0, 5.0]),
+)
+def test_no_other_length_loses_much_less(fixed, prompts, rows, events, waits, at_least) -> None:
+    def loss(steps: float) -> float:
+        cost = fixed + prompts * (1 - math.exp(-events * steps))
+        return cost * rows / steps + waits * events * steps / 2
+
+    steps, least = least_loss(fixed, prompts, rows, events, waits=waits, at_least=at_least)
+    assert steps >= at_least and least == pytest.approx(loss(steps))
+    others = [1e-3 * 1.1**i for i in range(200)]
+    assert least <= 1.1 * min(loss(other) for other in others if other >= at_least)
+
+
+def test_dear_prompt_steps_gather_prompts_into_longer_slices() -> None:
+    cheap, dear = learned(), learned()
+    for i in range(200):
+        for slicing, prompts_s in ((cheap, 0.0), (dear, 5e-2)):
+            slicing.arrived(i * 0.02)
+            shape = SliceShape(4 + i % 5, 32, 1000, 64 * (i % 2))
+            slice_s = seconds(shape) + prompts_s * (i % 2)
+            slicing.ran(shape, slice_s=slice_s, host_s=2e-3, made=100, finished=1)
+    assert dear.choose(view(32, now_s=4.0)).steps > 1.3 * cheap.choose(view(32, now_s=4.0)).steps

@@ -135,3 +135,11 @@ def test_a_static_batch_of_a_bilinear_truth_is_fitted_to_the_last_digit() -> Non
     assert fit.prefill_error.largest < 1e-6 and fit.decode_error.largest < 1e-6
     assert fit.time.decode.rows_length == pytest.approx(straight.attended_s, rel=1e-6)
     assert fit.time.prefill.rows_length == pytest.approx(straight.prompt_token_s, rel=1e-6)
+
+
+def test_a_slower_device_is_the_same_one_scaled() -> None:
+    time = replace(TRUTH, host=HOST)
+    slower = time.scaled(1.5)
+    for shape in shapes(20):
+        assert slower.slice_s(shape) == pytest.approx(1.5 * time.slice_s(shape))
+        assert slower.host_s(shape) == time.host_s(shape)

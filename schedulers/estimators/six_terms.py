@@ -1,26 +1,33 @@
-"""Recursive least squares of five coefficients, written out.
+"""Recursive least squares of six coefficients, written out.
 
 `least_squares.RecursiveLeastSquares` for one size that is learnt from at every slice: of vectors
-this short its dozen calls of numpy take 8 us, or 14 beside a scheduler's other work; this takes 2.
+this short its dozen calls of numpy take 8 us, or 14 beside a scheduler's other work; this takes 3.
 Knows no seconds and no slices.
 """
 
 import math
 from operator import mul
+from typing import Final, cast
 
 _Number = float | int
-Terms = tuple[_Number, _Number, _Number, _Number, _Number]
+Terms = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 _Covariance = tuple[
     tuple[float],
     tuple[float, float],
     tuple[float, float, float],
     tuple[float, float, float, float],
     tuple[float, float, float, float, float],
+    tuple[float, float, float, float, float, float],
 ]
 """It is symmetric: the lines of its lower triangle."""
 
 
-class FiveTerms:
+_SLACK: Final = 1.5
+"""How far above their bound variances may be before they are taken back: now and then, not at every
+point."""
+
+
+class SixTerms:
     """Coefficients kept up to date, point by point; older points count less and less.
 
     `scale` multiplies the columns so that the normal matrix stays well conditioned; `uncertainty`
@@ -39,6 +46,7 @@ class FiveTerms:
             (0.0, 0.0, u),
             (0.0, 0.0, 0.0, u),
             (0.0, 0.0, 0.0, 0.0, u),
+            (0.0, 0.0, 0.0, 0.0, 0.0, u),
         )
         self._uncertainty = u
 
@@ -50,52 +58,54 @@ class FiveTerms:
             (c20, c21, c22),
             (c30, c31, c32, c33),
             (c40, c41, c42, c43, c44),
+            (c50, c51, c52, c53, c54, c55),
         ) = self._covariance
-        x0, x1, x2, x3, x4 = map(mul, row, self._scale)
-        s0 = c00 * x0 + c10 * x1 + c20 * x2 + c30 * x3 + c40 * x4
-        s1 = c10 * x0 + c11 * x1 + c21 * x2 + c31 * x3 + c41 * x4
-        s2 = c20 * x0 + c21 * x1 + c22 * x2 + c32 * x3 + c42 * x4
-        s3 = c30 * x0 + c31 * x1 + c32 * x2 + c33 * x3 + c43 * x4
-        s4 = c40 * x0 + c41 * x1 + c42 * x2 + c43 * x3 + c44 * x4
-        total = self._forgetting + x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3 + x4 * s4
-        g0, g1, g2, g3, g4 = s0 / total, s1 / total, s2 / total, s3 / total, s4 / total
-        w0, w1, w2, w3, w4 = self._weights
-        error = value - (w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4)
+        x0, x1, x2, x3, x4, x5 = map(mul, row, self._scale)
+        s0 = c00 * x0 + c10 * x1 + c20 * x2 + c30 * x3 + c40 * x4 + c50 * x5
+        s1 = c10 * x0 + c11 * x1 + c21 * x2 + c31 * x3 + c41 * x4 + c51 * x5
+        s2 = c20 * x0 + c21 * x1 + c22 * x2 + c32 * x3 + c42 * x4 + c52 * x5
+        s3 = c30 * x0 + c31 * x1 + c32 * x2 + c33 * x3 + c43 * x4 + c53 * x5
+        s4 = c40 * x0 + c41 * x1 + c42 * x2 + c43 * x3 + c44 * x4 + c54 * x5
+        s5 = c50 * x0 + c51 * x1 + c52 * x2 + c53 * x3 + c54 * x4 + c55 * x5
+        total = self._forgetting + x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3 + x4 * s4 + x5 * s5
+        g0, g1, g2 = s0 / total, s1 / total, s2 / total
+        g3, g4, g5 = s3 / total, s4 / total, s5 / total
+        w0, w1, w2, w3, w4, w5 = self._weights
+        error = value - (w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5)
         self._weights = (
             w0 + g0 * error,
             w1 + g1 * error,
             w2 + g2 * error,
             w3 + g3 * error,
             w4 + g4 * error,
+            w5 + g5 * error,
         )
         self.coefficients = tuple(map(mul, self._weights, self._scale))
         grow = 1 / self._forgetting
         c00, c10, c11 = (c00 - g0 * s0) * grow, (c10 - g1 * s0) * grow, (c11 - g1 * s1) * grow
         c20, c21, c22 = (c20 - g2 * s0) * grow, (c21 - g2 * s1) * grow, (c22 - g2 * s2) * grow
         c30, c31, c32 = (c30 - g3 * s0) * grow, (c31 - g3 * s1) * grow, (c32 - g3 * s2) * grow
-        c33, c43 = (c33 - g3 * s3) * grow, (c43 - g4 * s3) * grow
-        c40, c41, c42 = (c40 - g4 * s0) * grow, (c41 - g4 * s1) * grow, (c42 - g4 * s2) * grow
-        c44, most = (c44 - g4 * s4) * grow, self._uncertainty
+        c33, c40, c41 = (c33 - g3 * s3) * grow, (c40 - g4 * s0) * grow, (c41 - g4 * s1) * grow
+        c42, c43, c44 = (c42 - g4 * s2) * grow, (c43 - g4 * s3) * grow, (c44 - g4 * s4) * grow
+        c50, c51, c52 = (c50 - g5 * s0) * grow, (c51 - g5 * s1) * grow, (c52 - g5 * s2) * grow
+        c53, c54, c55 = (c53 - g5 * s3) * grow, (c54 - g5 * s4) * grow, (c55 - g5 * s5) * grow
         self._covariance = (
             (c00,),
             (c10, c11),
             (c20, c21, c22),
             (c30, c31, c32, c33),
             (c40, c41, c42, c43, c44),
+            (c50, c51, c52, c53, c54, c55),
         )
-        if c00 > most or c11 > most or c22 > most or c33 > most or c44 > most:
+        if max(c00, c11, c22, c33, c44, c55) > _SLACK * self._uncertainty:
             self._bound_variances()
 
     def _bound_variances(self) -> None:
         """Take the largest variances back to the bound, correlations as they are."""
-        a, b, c, d, e = self._covariance
-        most = self._uncertainty
-        variances = (a[-1], b[-1], c[-1], d[-1], e[-1])
-        f, g, h, i, j = (math.sqrt(most / v) if v > most else 1.0 for v in variances)
-        self._covariance = (
-            (a[0] * f * f,),
-            (b[0] * g * f, b[1] * g * g),
-            (c[0] * h * f, c[1] * h * g, c[2] * h * h),
-            (d[0] * i * f, d[1] * i * g, d[2] * i * h, d[3] * i * i),
-            (e[0] * j * f, e[1] * j * g, e[2] * j * h, e[3] * j * i, e[4] * j * j),
+        lines, most = self._covariance, self._uncertainty
+        shrink = [math.sqrt(most / line[-1]) if line[-1] > most else 1.0 for line in lines]
+        bounded = tuple(
+            tuple(value * here * there for value, there in zip(line, shrink, strict=False))
+            for line, here in zip(lines, shrink, strict=True)
         )
+        self._covariance = cast(_Covariance, bounded)
