@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxserve.schedulers.estimators.six_terms import SixTerms, Terms
 from jaxserve.schedulers.estimators.least_squares import RecursiveLeastSquares
+from jaxserve.schedulers.estimators.six_terms import SixTerms, Terms
 
 FIRST = (1e-3, 5e-3, 2e-3, 1e-4, 1e-7, 1e-4)
 SCALE = (1.0, 1.0, 1e-1, 1e-3, 1e-5, 1e-3)
