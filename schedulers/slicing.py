@@ -242,9 +242,7 @@ class Adaptive:
 
     def _step_s(self, view: SlicingView, rows: int) -> tuple[float, float]:
         """Predicted seconds of a step, and of a slice beyond its steps."""
-        context, predict_s = view.context_tokens, self._time.predict_s
-        one = predict_s(SliceShape(1, rows, context, 0))
-        two = predict_s(SliceShape(2, rows, 2 * context, 0))
+        one, two = self._time.decode_s(rows, view.context_tokens)
         step_s = max(two - one, 1e-6)
         return step_s, max(one - step_s, 1e-5)
 

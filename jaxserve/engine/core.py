@@ -189,7 +189,8 @@ class EngineCore:
 
     def next_slice(self, now_s: float) -> SlicePlan | None:
         """The next slice to dispatch; None when there is nothing to run, or enough in flight."""
-        self._expire(now_s)
+        if self._expiries and self._expiries[0][0] <= now_s:
+            self._expire(now_s)
         if len(self._in_flight) >= self._depth:
             return None
         while (planned := self._planner.plan(self._last_slice + 1, now_s)) is None:
@@ -260,11 +261,13 @@ class EngineCore:
         ran: list[Ran] = []
         ending: list[tuple[Sequence, int]] = []
         done, evicting, outbox = Phase.DONE, Phase.EVICTING, self._outbox
-        for place, row in enumerate(flight.rows):
-            row.ahead -= flight.steps[place]
-            phase, made = row.phase, tokens[place]
+        rows = zip(flight.rows, flight.steps, tokens, codes, strict=True)
+        for place, (row, steps, made, code) in enumerate(rows):
+            row.ahead -= steps
+            phase = row.phase
             if phase is done:
                 continue
+            ends = code or phase is evicting
             if made:
                 job, count = row.job, len(made)
                 row.made += made
@@ -272,19 +275,20 @@ class EngineCore:
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
-                if not codes[place] and phase is not evicting:  # as `_emit`, without its cases
+                if not ends:  # as `_emit`, without its cases
                     job.announced = True
+                    request = job.request
                     outbox.append(
                         Delta(
-                            request_id=job.request.request_id,
+                            request_id=request.request_id,
                             sample=row.sample,
                             tokens=tuple(made),
                             logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
-                            prompt_tokens=job.request.prompt.size,
+                            prompt_tokens=request.prompt.size,
                             cached_tokens=job.cached_tokens,
                         )
                     )
-            if codes[place] or phase is evicting:
+            if ends:
                 ending.append((row, place))
         self.statistics_now.output_tokens += sum([count for _, _, count in ran])
         if ran:

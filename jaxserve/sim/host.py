@@ -36,17 +36,20 @@ class Host(Protocol):
 
 
 class ModelledHost:
-    """Takes what a serving-time model says."""
+    """Takes what a serving-time model says, which it is asked once for each slice."""
 
     def __init__(self, time: SliceTime):
         self._time = time
+        self._work_s: dict[int, float] = {}  # of slices that are not parsed yet
 
     def turn_s(self, now_s: float, after: After, plan: SlicePlan | None) -> float:
         if plan is None:
             return now_s + WAKE_S
-        work = SliceShape(plan.steps, len(plan.rows), 0, plan.num_prefill_tokens)
-        share = PARSE_SHARE if after is After.PARSE else 1 - PARSE_SHARE
-        return now_s + share * self._time.host_s(work)
+        if after is After.PARSE:
+            return now_s + PARSE_SHARE * self._work_s.pop(plan.number)
+        shape = SliceShape(plan.steps, len(plan.rows), 0, plan.num_prefill_tokens)
+        work_s = self._work_s[plan.number] = self._time.host_s(shape)
+        return now_s + (1 - PARSE_SHARE) * work_s
 
     def host_s(self, number: int, worked_s: float) -> float:
         return worked_s

@@ -46,6 +46,15 @@ class ServingTime:
         seconds += attended * attended_tokens + prompt * prefill_tokens
         return max(1e-6 * steps, seconds)
 
+    def decode_s(self, rows: int, context_tokens: int) -> tuple[float, float]:
+        """As `predict_s`, of one decode step and of two, without prompts, of rows with so many
+        tokens together: what is asked before each slice."""
+        fixed, step, row_step, attended, _ = self._fit.coefficients
+        step += row_step * rows
+        one = fixed + step + attended * context_tokens
+        two = fixed + 2 * step + attended * (2 * context_tokens)
+        return max(1e-6, one), max(2e-6, two)
+
     def observe(self, shape: SliceShape, seconds: float) -> None:
         """Learn from one measured slice."""
         steps, rows, attended_tokens, prefill_tokens, _ = shape
