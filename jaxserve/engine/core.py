@@ -17,7 +17,7 @@ from jaxserve.engine.admitter import Admitter
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
-from jaxserve.engine.prefixes import Prefixes
+from jaxserve.engine.prefixes import OutputKeys, Prefixes
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import Compiles, EngineStatistics
 from jaxserve.errors import BadRequest, DeadlinePassed, JaxserveError, QueueFull
@@ -65,10 +65,17 @@ class EngineCore:
     """Jobs, pages and policies of one replica. One thread owns it.
 
     Everything is driven by the caller's time `now_s`, in seconds, which never goes back. What
-    `compiles` says of the executor is part of the statistics.
+    `compiles` says of the executor is part of the statistics. `output_keys` names pages of output
+    (see `Prefixes`).
     """
 
-    def __init__(self, config: CoreConfig, *, compiles: Callable[[], Compiles] = Compiles):
+    def __init__(
+        self,
+        config: CoreConfig,
+        *,
+        compiles: Callable[[], Compiles] = Compiles,
+        output_keys: OutputKeys | None = None,
+    ):
         self.config = config
         self._compiles = compiles
         scheduler = config.scheduler
@@ -91,7 +98,7 @@ class EngineCore:
         self._expiries: list[tuple[float, int, bool]] = []
         self._outbox: list[Delta] = []
         self.statistics_now = EngineStatistics(page_size=config.page_size)
-        self.prefixes = Prefixes(config, self.pool)
+        self.prefixes = Prefixes(config, self.pool, output_keys)
         self._admitter = Admitter(self)
         self._planner = Planner(self, self._admitter)
 
