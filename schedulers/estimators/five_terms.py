@@ -10,13 +10,13 @@ from operator import mul
 _Number = float | int
 Terms = tuple[_Number, _Number, _Number, _Number, _Number]
 _Covariance = tuple[
-    tuple[float],
-    tuple[float, float],
-    tuple[float, float, float],
-    tuple[float, float, float, float],
-    tuple[float, float, float, float, float],
+    *tuple[float],
+    *tuple[float, float],
+    *tuple[float, float, float],
+    *tuple[float, float, float, float],
+    *tuple[float, float, float, float, float],
 ]
-"""It is symmetric: the lines of its lower triangle."""
+"""It is symmetric: the lines of its lower triangle, one after the other."""
 
 
 class FiveTerms:
@@ -32,23 +32,17 @@ class FiveTerms:
         self._scale, self._forgetting = scale, forgetting
         self._weights = tuple(value / size for value, size in zip(first, scale, strict=True))
         self._covariance: _Covariance = (
-            (u,),
-            (0.0, u),
-            (0.0, 0.0, u),
-            (0.0, 0.0, 0.0, u),
-            (0.0, 0.0, 0.0, 0.0, u),
+            *(u,),
+            *(0.0, u),
+            *(0.0, 0.0, u),
+            *(0.0, 0.0, 0.0, u),
+            *(0.0, 0.0, 0.0, 0.0, u),
         )
         self._most_trace = max(1e6, 5 * u)
 
     def observe(self, row: Terms, value: _Number) -> None:
         """Learn from one point."""
-        (
-            (c00,),
-            (c10, c11),
-            (c20, c21, c22),
-            (c30, c31, c32, c33),
-            (c40, c41, c42, c43, c44),
-        ) = self._covariance
+        c00, c10, c11, c20, c21, c22, c30, c31, c32, c33, c40, c41, c42, c43, c44 = self._covariance
         x0, x1, x2, x3, x4 = map(mul, row, self._scale)
         s0 = c00 * x0 + c10 * x1 + c20 * x2 + c30 * x3 + c40 * x4
         s1 = c10 * x0 + c11 * x1 + c21 * x2 + c31 * x3 + c41 * x4
@@ -72,20 +66,19 @@ class FiveTerms:
         if grow * trace > self._most_trace:  # no new directions let it blow up: bound it
             grow = self._most_trace / trace
         self._covariance = (
-            ((c00 - g0 * s0) * grow,),
-            ((c10 - g1 * s0) * grow, (c11 - g1 * s1) * grow),
-            ((c20 - g2 * s0) * grow, (c21 - g2 * s1) * grow, (c22 - g2 * s2) * grow),
-            (
-                (c30 - g3 * s0) * grow,
-                (c31 - g3 * s1) * grow,
-                (c32 - g3 * s2) * grow,
-                (c33 - g3 * s3) * grow,
-            ),
-            (
-                (c40 - g4 * s0) * grow,
-                (c41 - g4 * s1) * grow,
-                (c42 - g4 * s2) * grow,
-                (c43 - g4 * s3) * grow,
-                (c44 - g4 * s4) * grow,
-            ),
+            (c00 - g0 * s0) * grow,
+            (c10 - g1 * s0) * grow,
+            (c11 - g1 * s1) * grow,
+            (c20 - g2 * s0) * grow,
+            (c21 - g2 * s1) * grow,
+            (c22 - g2 * s2) * grow,
+            (c30 - g3 * s0) * grow,
+            (c31 - g3 * s1) * grow,
+            (c32 - g3 * s2) * grow,
+            (c33 - g3 * s3) * grow,
+            (c40 - g4 * s0) * grow,
+            (c41 - g4 * s1) * grow,
+            (c42 - g4 * s2) * grow,
+            (c43 - g4 * s3) * grow,
+            (c44 - g4 * s4) * grow,
         )

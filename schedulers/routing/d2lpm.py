@@ -68,7 +68,7 @@ class D2lpm(PrefixRouting):
         credits, candidates = self._credits[row], views.candidates
         self._refill(credits, candidates)
         matched = self.matched(request)
-        found, funded = matched[candidates], credits[candidates] > 0
+        found, funded = _at(candidates, matched), _at(candidates, credits) > 0
         among = candidates[funded & (found == _largest(found))]
         if not len(among):
             among = candidates[funded]
@@ -84,7 +84,7 @@ class D2lpm(PrefixRouting):
         """Who is no candidate gets as much: refills count for all."""
         quantum = self._parameters.worker_quantum
         # A debt of many rounds may round to no credit: what is left is exact the second time.
-        while (most := _largest(credits[candidates])) <= 0:
+        while (most := _largest(_at(candidates, credits))) <= 0:
             credits += (np.floor(-most / quantum) + 1) * quantum
 
     def sent(self, dispatch: Dispatch) -> None:
@@ -139,6 +139,11 @@ class D2lpm(PrefixRouting):
 
     def _forget(self, client: str) -> None:
         self._free_rows.append(self._rows.pop(client))
+
+
+def _at(candidates: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values[candidates]`, which are mostly all."""
+    return values if len(candidates) == len(values) else values[candidates]
 
 
 def _largest(values: np.ndarray) -> Any:
