@@ -191,8 +191,8 @@ def _check_lengths(request: Request, limits: Limits) -> None:
 def _check_number(
     name: str, value: float, least: float, most: float, *, open_least: bool = False
 ) -> None:
-    inside = (least < value if open_least else least <= value) and value <= most
-    if not (math.isfinite(value) and inside):
+    # What is not finite is not inside either.
+    if not ((least < value if open_least else least <= value) and value <= most):
         bracket = "(" if open_least else "["
         raise BadRequest(name, value, f"a number in {bracket}{least:g}, {most:g}]")
 

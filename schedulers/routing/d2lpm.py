@@ -20,6 +20,7 @@ import numpy as np
 from ..order.charges import IdleClients
 from ..parameters import price, require
 from .base import Choice, Dispatch, PrefixRouting, Routable
+from .global_tree import FEW, bits
 from .views import Views
 
 
@@ -64,8 +65,16 @@ class D2lpm(PrefixRouting):
     def choose(self, request: Routable, views: Views) -> Choice:
         self._now_s = views.now_s
         self._idle.tick(views.now_s)
-        row = self._row(request.client)
+        row = self._row(request.client)  # which may make the table larger
         credits, candidates = self._credits[row], views.candidates
+        holders, pages = self.tree.longest(request.page_keys, views.candidate_bits)
+        # What is mostly so goes without a look at all replicas. (A prompt's last token is computed
+        # anyway: where pages are of one token, holding the last page is not a longer match.)
+        if pages and self._page_size > 1 and holders.bit_count() <= FEW:
+            rich = [replica for replica in bits(holders) if credits[replica] > 0]
+            if rich:
+                tokens = min(pages * self._page_size, request.num_prompt_tokens - 1)
+                return Choice(min(rich, key=views.outstanding.__getitem__), tokens)
         self._refill(credits, candidates)
         matched = self.matched(request)
         found, funded = _at(candidates, matched), _at(candidates, credits) > 0
