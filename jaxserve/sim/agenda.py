@@ -36,16 +36,16 @@ class Agenda:
         self._now_s = time_s
         return True
 
-    def next_s(self) -> float:
-        """When something happens next that is down here; infinity: never."""
-        return self._entries[0][0] if self._entries else math.inf
-
     def advance(self, time_s: float) -> None:
         """Let time pass to before anything else happens."""
         assert self._now_s <= time_s, (self._now_s, time_s)
         self._now_s = time_s
 
-    def step(self) -> None:
-        """Let the next thing happen."""
-        self._now_s, _, action, arguments = heapq.heappop(self._entries)
+    def step(self) -> bool:
+        """Let the next thing happen; whether anything did, before the horizon."""
+        entries = self._entries
+        if not entries or entries[0][0] >= self.horizon_s:
+            return False
+        self._now_s, _, action, arguments = heapq.heappop(entries)
         action(*arguments)
+        return True

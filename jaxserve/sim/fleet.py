@@ -117,17 +117,17 @@ class FleetSimulation:
         """At most so many events; whether there is more to do."""
         agenda, feed = self.agenda, self._feed
         for _ in range(most):
-            next_s = agenda.next_s()
-            if agenda.horizon_s <= next_s and agenda.horizon_s < math.inf:
-                agenda.advance(max(agenda.horizon_s, agenda.now()))
-                taken = feed.take(agenda.now())
-                self._note_due()
-                for sent_s, work in taken:
-                    self._send(work, sent_s)
-            elif next_s == math.inf or (not self._live and not self._held and feed.finished):
+            if not self._live and not self._held and feed.finished:
                 return False
-            else:
-                agenda.step()
+            if agenda.step():
+                continue
+            if agenda.horizon_s == math.inf:
+                return False
+            agenda.advance(max(agenda.horizon_s, agenda.now()))
+            taken = feed.take(agenda.now())
+            self._note_due()
+            for sent_s, work in taken:
+                self._send(work, sent_s)
         return True
 
     def _note_due(self) -> None:

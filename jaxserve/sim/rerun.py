@@ -5,7 +5,6 @@ came from outside alone: when requests and aborts came, when the host took its t
 were done, and what each request made. Driver, core and device are simulated around that.
 """
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -175,8 +174,8 @@ def rerun(recorded: Recorded) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     )
     for at_s, event in recorded.commands:
         agenda.at(at_s, replica.command, _command(event, at_s))
-    while agenda.next_s() < math.inf:
-        agenda.step()
+    while agenda.step():
+        pass
     yield from zip(recorded.plans, plans, strict=False)
 
 
