@@ -209,13 +209,15 @@ class Adaptive:
         return self._time.predict_s(shape) if self._num_ran >= ENOUGH_SLICES else 0.0
 
     def choose(self, view: SlicingView) -> SliceLength:
-        rows = max(1, len(view.remaining))
+        rows = len(view.remaining) or 1
         if view.cut_prompts:
             steps, depth = self._bounded(1.0, view, rows, self._bounds.depth)
             return SliceLength(steps, rows, depth)
         step_s, fixed_s = self._step_s(view, rows)
-        ends = rows * max(self._ended / self._made, 1e-6) if view.backlog else 0.0
-        events = ends + (0.0 if view.backlog else self._arrivals_per_s(view.now_s) * step_s)
+        if view.backlog:
+            events = ends = rows * max(self._ended / self._made, 1e-6)
+        else:
+            ends, events = 0.0, self._arrivals_per_s(view.now_s) * step_s
         events = max(events, 1e-9)
         host, fixed = self._host_s / step_s, fixed_s / step_s
         one = math.sqrt(2 * (host + fixed) * rows / events)

@@ -289,7 +289,7 @@ class EngineCore:
                         Delta(
                             request_id=request.request_id,
                             sample=row.sample,
-                            tokens=tuple(made),
+                            tokens=made,
                             logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
                             prompt_tokens=request.prompt.size,
                             cached_tokens=job.cached_tokens,
@@ -297,8 +297,8 @@ class EngineCore:
                     )
             if ends:
                 ending.append((row, place))
-        self.statistics_now.output_tokens += sum([count for _, _, count in ran])
         if ran:
+            self.statistics_now.output_tokens += sum([count for _, _, count in ran])
             self.order.on(Enact(ran))
         for row, place in ending:
             self._leave_slice(row, tokens[place], result, place, now_s)
@@ -495,7 +495,7 @@ class EngineCore:
             Delta(
                 request_id=job.request.request_id,
                 sample=sequence.sample,
-                tokens=tuple(tokens),
+                tokens=tokens,
                 logprobs=logprobs,
                 finish=finish,
                 stop_match=tokens[-1] if finish is FinishReason.STOP and tokens else None,

@@ -136,8 +136,8 @@ class Planner:
 
     def _admissible_tokens(self) -> int:
         """What the prompts that free slots could take need of the token budget, as if all that wait
-        (somebody does) were of mean length. To ask the order who they are would cost more than it is worth: who is
-        second depends on who goes first."""
+        (somebody does) were of mean length. To ask the order who they are would cost more than it
+        is worth: who is second depends on who goes first."""
         now = self._core.statistics_now
         # Whom memory keeps out a slot does not let in, and a short slice would not either.
         rows = 0 if self._admits.blocked else min(self._admits.num_free_slots, now.waiting)

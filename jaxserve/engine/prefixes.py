@@ -11,15 +11,14 @@ from jaxserve.request import Request
 from jaxserve.schedulers.pages import PagePool
 from jaxserve.schedulers.prefix_tree import NO_PARENT, page_keys
 
-
 OutputKeys = Callable[[Sequence, range], list[bytes]]
 """Keys of a row's pages at these places, behind those that its request came with. A row alone knows
 what it made; so who makes up tokens may make up their keys."""
 
 
 class Prefixes:
-    """The prefix cache as the engine uses it. `output_keys` None: pages are named by their tokens.
-    """
+    """The prefix cache as the engine uses it; pages of output are named by their tokens, unless
+    `output_keys` says otherwise."""
 
     def __init__(self, config: CoreConfig, pool: PagePool, output_keys: OutputKeys | None = None):
         self._config, self._pool = config, pool

@@ -177,8 +177,9 @@ class Charges:
                     account.paid += fresh
                     owner = owners[number]
                     prompts[owner] = prompts.get(owner, 0) + fresh
-        w_out = prices.w_out
-        bills = {owner: (w_out * made, 0.0) for owner, made in outputs.items()}
+        bills: dict[Owner, Bill] = {}
+        for owner, made in outputs.items():
+            bills[owner] = (prices.w_out * made, 0.0)
         for owner, fresh in prompts.items():
             charge = prices.w_in * fresh
             bills[owner] = (charge + bills.get(owner, NOTHING)[0], -charge)
