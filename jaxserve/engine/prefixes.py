@@ -12,8 +12,7 @@ from jaxserve.schedulers.pages import PagePool
 from jaxserve.schedulers.prefix_tree import NO_PARENT, page_keys
 
 OutputKeys = Callable[[Sequence, range], list[bytes]]
-"""Keys of a row's pages at these places, behind those that its request came with. A row alone knows
-what it made; so who makes up tokens may make up their keys."""
+"""Keys of a row's pages at these places, all behind those that its request came with."""
 
 
 class Prefixes:

@@ -8,7 +8,7 @@ lists become columns: 12 bytes a delivery (its time to a microsecond), 54 bytes 
 """
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -65,14 +65,6 @@ class Recorder:
         """So many more of its output tokens reached the client, in one message."""
         pending = self._pending
         pending += (number, at_s, num_tokens)
-        if len(pending) >= _PENDING:
-            self._pack()
-
-    def delivered_at(self, at_s: float, messages: Iterable[tuple[int, int]]) -> None:
-        """As `delivered`, of many requests at one time: (number, tokens) of each message."""
-        pending = self._pending
-        for number, num_tokens in messages:
-            pending += (number, at_s, num_tokens)
         if len(pending) >= _PENDING:
             self._pack()
 

@@ -217,7 +217,7 @@ class FleetSimulation:
             self._deliver(deltas)
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
-        requests, messages = self._live, list[tuple[int, int]]()
+        now_s, delivered, requests = self.agenda.now(), self._recorder.delivered, self._live
         for delta in deltas:
             live = requests.get(delta.request_id)
             if live is None:
@@ -227,10 +227,9 @@ class FleetSimulation:
                 if not live.delivered:
                     live.cached = delta.cached_tokens
                 live.delivered += count
-                messages.append((live.work.number, count))
+                delivered(live.work.number, now_s, count)
             if delta.finish is not None:
                 self._end(live, delta.finish.value)
-        self._recorder.delivered_at(self.agenda.now(), messages)
 
     def _on_refusal(self, request_id: str, error: JaxserveError) -> None:
         live = self._live.get(request_id)
