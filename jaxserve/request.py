@@ -6,7 +6,7 @@ call it. Defaults that a model brings along are judged by its part `check_sampli
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -129,7 +129,7 @@ class Delta:
 
     request_id: str
     sample: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     stop_match: int | None = None
@@ -191,8 +191,8 @@ def _check_lengths(request: Request, limits: Limits) -> None:
 def _check_number(
     name: str, value: float, least: float, most: float, *, open_least: bool = False
 ) -> None:
-    inside = (least < value if open_least else least <= value) and value <= most
-    if not (math.isfinite(value) and inside):
+    # What is not finite is not inside either.
+    if not ((least < value if open_least else least <= value) and value <= most):
         bracket = "(" if open_least else "["
         raise BadRequest(name, value, f"a number in {bracket}{least:g}, {most:g}]")
 
@@ -209,8 +209,10 @@ def check_sampling(params: SamplingParams) -> None:
         raise BadRequest("top_k", params.top_k, "0 (off) or a positive int32")
     if params.seed is not None and not 0 <= params.seed < 2**63:
         raise BadRequest("seed", params.seed, "0 to 2^63 - 1")
-    for name in ("logprobs", "prompt_logprobs"):
-        value = getattr(params, name)
+    for name, value in (
+        ("logprobs", params.logprobs),
+        ("prompt_logprobs", params.prompt_logprobs),
+    ):
         if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
             raise BadRequest(name, value, f"0 to {MAX_TOP_LOGPROBS}")
 

@@ -77,7 +77,7 @@ class RunningRows(Sequence[Running]):
     def total(self, what: Hashable, of: Callable[[Running], int]) -> int:
         """The sum of `of` over the rows; `what` names it, with all that it depends on."""
         counted, total = self._totals.get(what, (0, 0))
-        total += sum(of(row) for row in self._rows[counted:])
+        total += sum([of(row) for row in self._rows[counted:]])
         self._totals[what] = len(self._rows), total
         return total
 

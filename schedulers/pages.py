@@ -158,18 +158,18 @@ class PagePool:
         All or nothing. `match` must be fresh (no call that hands out pages since); None bypasses
         the prefix cache and its statistics.
         """
-        wanted = self.cost(num_tokens, match)
+        shared = match.pages if match is not None else ()
+        num_new = max(0, self.pages_for(num_tokens) - len(shared))
+        wanted = num_new if match is None else num_new + self.tree.num_idle(match)
         if wanted > self.num_available:
             return self._out_of_pages(wanted)
-        shared: tuple[int, ...] = ()
         if match is not None:
-            shared = match.pages
             self.tree.admit(match)
             readers = self._readers
             self.tree.hold([page for page in shared if not readers[page]])  # or taking evicts them
             for page in shared:
                 readers[page] += 1
-        new = self._take(max(0, self.pages_for(num_tokens) - len(shared)))
+        new = self._take(num_new)
         lease = Lease([*shared, *new], num_shared=len(shared))
         self._leases.add(lease)
         return Granted(lease, tuple(new))
@@ -222,8 +222,9 @@ class PagePool:
         `release`, with keys of tokens that were accepted: overrun never gets here.
         """
         assert not lease.released and len(keys) <= len(lease.pages), (len(keys), lease)
+        num_known = min(lease.num_shared, len(keys))
         self._make_read_only(lease, len(keys))
-        self.tree.adopt(keys, lease.pages)
+        self.tree.adopt(keys, lease.pages, num_known=num_known)
 
     def touch(self, lease: Lease, dispatch: int) -> None:
         """Slice number `dispatch` may read or write the pages of `lease`."""

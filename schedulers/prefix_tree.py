@@ -19,9 +19,10 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -66,11 +67,7 @@ def page_keys(
             f"tokens must be a vector of int32, got {tokens.dtype} of shape {tokens.shape}; "
             "try np.asarray(ids, np.int32)"
         )
-    # Scope and model are reduced to 16 bytes first: with the parent and 16 tokens a page is then
-    # 96 bytes, one blake2b block. The length in front keeps ("a", "bc") apart from ("ab", "c").
-    scope_utf8 = scope.encode()
-    origin = len(scope_utf8).to_bytes(4, "little") + scope_utf8 + model.encode()
-    base = blake2b(blake2b(origin, digest_size=KEY_BYTES).digest(), digest_size=KEY_BYTES)
+    base = _base(scope, model)
     data = tokens.astype("<i4", copy=False).tobytes()
     page_bytes = 4 * page_size
     keys = []
@@ -80,6 +77,16 @@ def page_keys(
         parent = page.digest()
         keys.append(parent)
     return keys
+
+
+@lru_cache(maxsize=256)
+def _base(scope: str, model: str) -> Any:
+    """What the hash of every page begins with; to be copied."""
+    # Scope and model are reduced to 16 bytes first: with the parent and 16 tokens a page is then
+    # 96 bytes, one blake2b block. The length in front keeps ("a", "bc") apart from ("ab", "c").
+    scope_utf8 = scope.encode()
+    origin = len(scope_utf8).to_bytes(4, "little") + scope_utf8 + model.encode()
+    return blake2b(blake2b(origin, digest_size=KEY_BYTES).digest(), digest_size=KEY_BYTES)
 
 
 @dataclass(slots=True)
@@ -210,9 +217,12 @@ class PrefixTree:
     def __contains__(self, page: int) -> bool:
         return page in self._node_at
 
-    def num_matched(self, keys: Sequence[bytes]) -> int:
-        """How many leading pages of the chain `keys` are cached; O(log len(keys))."""
+    def num_matched(self, keys: Sequence[bytes], *, guess: int = 0) -> int:
+        """How many leading pages of the chain `keys` are cached; O(log len(keys)), or O(1) where
+        it is as many as `guess`."""
         nodes = self._nodes
+        if guess and keys[guess - 1] in nodes and (guess == len(keys) or keys[guess] not in nodes):
+            return guess
         return bisect_left(keys, True, key=lambda key: key not in nodes)
 
     def match(self, keys: Sequence[bytes]) -> Match:
@@ -303,25 +313,27 @@ class PrefixTree:
                 node = node.parent
         return loose
 
-    def adopt(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        """Cache `pages[i]` under `keys[i]` where that key is new; each of them has a reader.
+    def adopt(self, keys: Sequence[bytes], pages: Sequence[int], *, num_known: int = 0) -> None:
+        """Cache `pages[i]` under `keys[i]` where that key is new; each of them has a reader. The
+        first `num_known` are cached, probably, and no more.
 
         A page whose key is cached already stays with its lease. Only the pages behind the cached
         prefix are new, so the cost is O(new pages), and one Stored event tells it all.
         """
-        first = self.num_matched(keys)
+        first, nodes, node_at = self.num_matched(keys, guess=num_known), self._nodes, self._node_at
         if first == len(keys):
             return
-        parent = self._nodes[keys[first - 1]] if first else None
+        parent = nodes[keys[first - 1]] if first else None
         parent_key = parent.key if parent else NO_PARENT
         self._hold(parent)
-        for key, page in zip(keys[first:], pages[first : len(keys)], strict=True):
-            assert page not in self._node_at, f"page {page} is cached already, under another key"
-            parent = self._nodes[key] = self._node_at[page] = _Node(key, page, parent, 2)
+        new = tuple(keys[first:])
+        for key, page in zip(new, pages[first : len(keys)], strict=True):
+            assert page not in node_at, f"page {page} is cached already, under another key"
+            parent = nodes[key] = node_at[page] = _Node(key, page, parent, 2)
         assert parent is not None
         parent.holds = 1  # its reader; the others have a held child as well
         self._last_seq += 1
-        self._tell(Stored(self._last_seq, parent_key, tuple(keys[first:])))
+        self._tell(Stored(self._last_seq, parent_key, new))
 
     def evict(self, num_pages: int) -> list[int]:
         """Forget the `num_pages` least recently used unreferenced pages, leaves first."""

@@ -212,14 +212,16 @@ class Adaptive:
         return self._time.predict_s(shape) if self._num_ran >= ENOUGH_SLICES else 0.0
 
     def choose(self, view: SlicingView) -> SliceLength:
-        rows = max(1, len(view.remaining))
+        rows = len(view.remaining) or 1
         if view.cut_prompts:
             steps, depth = self._bounded(1.0, view, rows, self._bounds.depth)
             return SliceLength(steps, rows, depth)
         step_s, fixed_s = self._step_s(view, rows)
         prompts = self._time.prompts_s() / step_s
-        ends = rows * max(self._ended / self._made, 1e-6) if view.backlog else 0.0
-        events = ends + (0.0 if view.backlog else self._arrivals_per_s(view.now_s) * step_s)
+        if view.backlog:
+            events = ends = rows * max(self._ended / self._made, 1e-6)
+        else:
+            ends, events = 0.0, self._arrivals_per_s(view.now_s) * step_s
         events = max(events, 1e-9)
         host, fixed = self._host_s / step_s, fixed_s / step_s
         one, loss_one = least_loss(host + fixed, prompts, rows, events, waits=1, at_least=0.0)
@@ -244,9 +246,7 @@ class Adaptive:
 
     def _step_s(self, view: SlicingView, rows: int) -> tuple[float, float]:
         """Predicted seconds of a step, and of a slice beyond its steps."""
-        context, predict_s = view.context_tokens, self._time.predict_s
-        one = predict_s(SliceShape(1, rows, context, 0))
-        two = predict_s(SliceShape(2, rows, 2 * context, 0))
+        one, two = self._time.decode_s(rows, view.context_tokens)
         step_s = max(two - one, 1e-6)
         return step_s, max(one - step_s, 1e-5)
 

@@ -59,7 +59,9 @@ class Buckets:
 
         Raises ValueError when none does.
         """
-        tiles = sum([-(-size // self.tile) for size in chunks])
+        tiles, tile = 0, self.tile
+        for size in chunks:
+            tiles += -(-size // tile)
         found = self._found.get((rows, tiles))
         if found is None:
             found = self._found[rows, tiles] = self._smallest(rows, tiles)

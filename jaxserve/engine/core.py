@@ -17,7 +17,7 @@ from jaxserve.engine.admitter import Admitter
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
 from jaxserve.engine.planner import Planner
-from jaxserve.engine.prefixes import Prefixes
+from jaxserve.engine.prefixes import OutputKeys, Prefixes
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import Compiles, EngineStatistics
 from jaxserve.errors import BadRequest, DeadlinePassed, JaxserveError, QueueFull
@@ -65,10 +65,17 @@ class EngineCore:
     """Jobs, pages and policies of one replica. One thread owns it.
 
     Everything is driven by the caller's time `now_s`, in seconds, which never goes back. What
-    `compiles` says of the executor is part of the statistics.
+    `compiles` says of the executor is part of the statistics. `output_keys` names pages of output
+    (see `Prefixes`).
     """
 
-    def __init__(self, config: CoreConfig, *, compiles: Callable[[], Compiles] = Compiles):
+    def __init__(
+        self,
+        config: CoreConfig,
+        *,
+        compiles: Callable[[], Compiles] = Compiles,
+        output_keys: OutputKeys | None = None,
+    ):
         self.config = config
         self._compiles = compiles
         scheduler = config.scheduler
@@ -91,7 +98,7 @@ class EngineCore:
         self._expiries: list[tuple[float, int, bool]] = []
         self._outbox: list[Delta] = []
         self.statistics_now = EngineStatistics(page_size=config.page_size)
-        self.prefixes = Prefixes(config, self.pool)
+        self.prefixes = Prefixes(config, self.pool, output_keys)
         self._admitter = Admitter(self)
         self._planner = Planner(self, self._admitter)
 
@@ -189,7 +196,8 @@ class EngineCore:
 
     def next_slice(self, now_s: float) -> SlicePlan | None:
         """The next slice to dispatch; None when there is nothing to run, or enough in flight."""
-        self._expire(now_s)
+        if self._expiries and self._expiries[0][0] <= now_s:
+            self._expire(now_s)
         if len(self._in_flight) >= self._depth:
             return None
         while (planned := self._planner.plan(self._last_slice + 1, now_s)) is None:
@@ -260,11 +268,13 @@ class EngineCore:
         ran: list[Ran] = []
         ending: list[tuple[Sequence, int]] = []
         done, evicting, outbox = Phase.DONE, Phase.EVICTING, self._outbox
-        for place, row in enumerate(flight.rows):
-            row.ahead -= flight.steps[place]
-            phase, made = row.phase, tokens[place]
+        rows = zip(flight.rows, flight.steps, tokens, codes, strict=True)
+        for place, (row, steps, made, code) in enumerate(rows):
+            row.ahead -= steps
+            phase = row.phase
             if phase is done:
                 continue
+            ends = code or phase is evicting
             if made:
                 job, count = row.job, len(made)
                 row.made += made
@@ -272,22 +282,23 @@ class EngineCore:
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
-                if not codes[place] and phase is not evicting:  # as `_emit`, without its cases
+                if not ends:  # as `_emit`, without its cases
                     job.announced = True
+                    request = job.request
                     outbox.append(
                         Delta(
-                            request_id=job.request.request_id,
+                            request_id=request.request_id,
                             sample=row.sample,
-                            tokens=tuple(made),
+                            tokens=made,
                             logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
-                            prompt_tokens=job.request.prompt.size,
+                            prompt_tokens=request.prompt.size,
                             cached_tokens=job.cached_tokens,
                         )
                     )
-            if codes[place] or phase is evicting:
+            if ends:
                 ending.append((row, place))
-        self.statistics_now.output_tokens += sum([count for _, _, count in ran])
         if ran:
+            self.statistics_now.output_tokens += sum([count for _, _, count in ran])
             self.order.on(Enact(ran))
         for row, place in ending:
             self._leave_slice(row, tokens[place], result, place, now_s)
@@ -484,7 +495,7 @@ class EngineCore:
             Delta(
                 request_id=job.request.request_id,
                 sample=sequence.sample,
-                tokens=tuple(tokens),
+                tokens=tokens,
                 logprobs=logprobs,
                 finish=finish,
                 stop_match=tokens[-1] if finish is FinishReason.STOP and tokens else None,

@@ -74,8 +74,9 @@ class SlicePlan:
     num_prefill_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        chunks = [row.chunk for row in self.rows if row.chunk is not None]
-        self.num_prefill_tokens = sum([chunk.tokens.size for chunk in chunks])
+        self.num_prefill_tokens = sum(
+            [row.chunk.tokens.size for row in self.rows if row.chunk is not None]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

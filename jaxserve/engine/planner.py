@@ -51,14 +51,14 @@ class Planner:
         self._core.order.on(Tick(now_s, self._pool.num_available / self._pool.num_pages))
         running = self._running()
         copies = self._fork_parents(running)
-        decoding, prefilling = self._decoding(running), self._prefilling(running)
+        decoding, prefilling = self._rows_of(running)
         length = self._core.slicing.choose(self._view(now_s, running, decoding, prefilling))
         self._plan_decode(decoding, length.steps)
         if self._core.slicing.admits_while_running or not self._anyone_runs():
             queued = sum([row.length - row.computed for row in prefilling if _prefills(row)])
             budget = self._config.scheduler.max_prefill_tokens - queued
             if self._admits.admit(length.steps, budget=budget, now_s=now_s):
-                prefilling = self._prefilling(self._running())
+                _, prefilling = self._rows_of(self._running())
         if prefilling:
             self._plan_prefill(prefilling, length.steps)
         if not self._rows:
@@ -92,25 +92,24 @@ class Planner:
         rows = (row for job in self._running() for row in job.sequences)
         return any(row.phase in (Phase.DECODE, Phase.PREFILL) for row in rows)
 
-    def _decoding(self, running: list[Job]) -> list[Sequence]:
-        """Rows that may still add a token: not those certain to end in a slice in flight."""
-        decode = Phase.DECODE
-        return [
-            row
-            for job in running
-            for row in job.sequences
-            if row.phase is decode and row.max_length - row.length > row.ahead
-        ]
-
-    def _prefilling(self, running: list[Job]) -> list[Sequence]:
-        """Rows whose prompt is not dispatched to its end; several samples prefill as one."""
-        prefill = Phase.PREFILL
-        return [
-            row
-            for job in running
-            for row in (job.sequences if job.parent is None else (job.parent,))
-            if row.phase is prefill
-        ]
+    def _rows_of(self, running: list[Job]) -> tuple[list[Sequence], list[Sequence]]:
+        """Rows that may still add a token, so not those certain to end in a slice in flight; and
+        rows whose prompt is not dispatched to its end, where several samples prefill as one."""
+        decode, prefill = Phase.DECODE, Phase.PREFILL
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for job in running:
+            parent = job.parent
+            for row in job.sequences:
+                phase = row.phase
+                if phase is decode:
+                    if row.max_length - row.length > row.ahead:
+                        decoding.append(row)
+                elif phase is prefill and parent is None:
+                    prefilling.append(row)
+            if parent is not None and parent.phase is prefill:
+                prefilling.append(parent)
+        return decoding, prefilling
 
     def _view(
         self, now_s: float, running: list[Job], rows: list[Sequence], prefilling: list[Sequence]
@@ -121,13 +120,14 @@ class Planner:
         remaining = [row.max_length - row.length - row.ahead for row in rows]
         if not rows:
             remaining = [row.remaining for job in running for row in job.sequences]
+        admissible = self._admissible_tokens() if waiting.waiting else 0
         return SlicingView(
             now_s=now_s,
             remaining=remaining or [self._core.slicing.max_steps],
             context_tokens=sum([row.length + row.ahead for row in rows]),
             prefill_tokens=min(budget, prompts + waiting.waiting_tokens),
             backlog=full and waiting.waiting > 0,
-            cut_prompts=prompts + self._admissible_tokens() > budget,
+            cut_prompts=prompts + admissible > budget,
         )
 
     def _tiled(self, num_tokens: int) -> int:
@@ -136,8 +136,8 @@ class Planner:
 
     def _admissible_tokens(self) -> int:
         """What the prompts that free slots could take need of the token budget, as if all that wait
-        were of mean length. To ask the order who they are would cost more than it is worth: who is
-        second depends on who goes first."""
+        (somebody does) were of mean length. To ask the order who they are would cost more than it
+        is worth: who is second depends on who goes first."""
         now = self._core.statistics_now
         # Whom memory keeps out a slot does not let in, and a short slice would not either.
         rows = 0 if self._admits.blocked else min(self._admits.num_free_slots, now.waiting)

@@ -3,18 +3,25 @@
 Knows requests and page keys. Who gets pages, and when they change hands, is for `pages.py`.
 """
 
+from collections.abc import Callable
+
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.sequence import Job, Sequence
 from jaxserve.request import Request
 from jaxserve.schedulers.pages import PagePool
-from jaxserve.schedulers.prefix_tree import page_keys
+from jaxserve.schedulers.prefix_tree import NO_PARENT, page_keys
+
+OutputKeys = Callable[[Sequence, range], list[bytes]]
+"""Keys of a row's pages at these places, all behind those that its request came with."""
 
 
 class Prefixes:
-    """The prefix cache as the engine uses it."""
+    """The prefix cache as the engine uses it; pages of output are named by their tokens, unless
+    `output_keys` says otherwise."""
 
-    def __init__(self, config: CoreConfig, pool: PagePool):
+    def __init__(self, config: CoreConfig, pool: PagePool, output_keys: OutputKeys | None = None):
         self._config, self._pool = config, pool
+        self._output_keys = self._hashed if output_keys is None else output_keys
 
     def lookup_keys(self, request: Request) -> tuple[bytes, ...]:
         """Keys of the pages that a prompt could find cached; its last token runs anyway."""
@@ -39,24 +46,25 @@ class Prefixes:
         request, size = row.job.request, self._config.page_size
         if row.lease is None or row.sample < 0 or not self._shares(request):
             return
-        assert request.scope is not None
         # A decoding row's newest token has no key and value yet; a prefill has up to `computed`.
         whole = (row.length - 1 if row.started else row.computed) // size
         if whole <= row.lease.num_shared:
             return
         keys = list(request.page_keys[:whole])
         if whole > len(keys):
-            first = len(keys)
-            tokens = row.tokens(first * size)[: (whole - first) * size]
-            parent = {"parent": keys[-1]} if keys else {}
-            keys += page_keys(
-                tokens,
-                page_size=size,
-                scope=request.scope,
-                model=self._config.model_key,
-                **parent,
-            )
+            keys += self._output_keys(row, range(len(keys), whole))
         self._pool.insert(row.lease, keys)
+
+    def _hashed(self, row: Sequence, places: range) -> list[bytes]:
+        request, size = row.job.request, self._config.page_size
+        assert request.scope is not None
+        return page_keys(
+            row.tokens(places.start * size)[: len(places) * size],
+            page_size=size,
+            scope=request.scope,
+            model=self._config.model_key,
+            parent=request.page_keys[places.start - 1] if places.start else NO_PARENT,
+        )
 
     def _shares(self, request: Request) -> bool:
         return self._config.prefix_cache and request.scope is not None

@@ -23,6 +23,7 @@ UNFINISHED: Final = -1
 """The place in `REASONS` of a request that never ended."""
 KEEP_SLICES: Final = 100_000
 _PENDING: Final = 3 * 2**16
+_PENDING_ROWS: Final = 2**12
 # A delivery's time in microseconds and its tokens share 64 bits: 51 days, 4 million tokens.
 _TOKEN_BITS: Final = 22
 _TICKS_PER_S: Final = 1e6
@@ -183,15 +184,23 @@ class _Columns:
 
     def __init__(self, **codes: str):
         self._arrays = {name: array(code) for name, code in codes.items()}
-        self._appends = tuple(column.append for column in self._arrays.values())
+        self._rows: list[tuple[float | int, ...]] = []  # not in columns yet
 
     def __len__(self) -> int:
-        return len(next(iter(self._arrays.values())))
+        return len(next(iter(self._arrays.values()))) + len(self._rows)
 
     def append(self, *values: float | int) -> None:
-        for append, value in zip(self._appends, values, strict=True):
-            append(value)  # type: ignore[arg-type]
+        self._rows.append(values)
+        if len(self._rows) >= _PENDING_ROWS:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = zip(*self._rows, strict=True)
+        for column, values in zip(self._arrays.values(), columns, strict=bool(self._rows)):
+            column.extend(values)  # type: ignore[arg-type]
+        self._rows.clear()
 
     def arrays(self) -> dict[str, np.ndarray]:
+        self._pack()
         # Copies: an array that shares its memory could not grow any more.
         return {name: np.array(column) for name, column in self._arrays.items()}

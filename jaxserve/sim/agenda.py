@@ -2,15 +2,20 @@
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 
 class Agenda:
     """Actions at times, in seconds; those of one time happen in the order in which they were put
-    down. It is the clock of a simulation: time is that of the action that happens."""
+    down. It is the clock of a simulation: time is that of the action that happens.
+
+    `horizon_s` is when something may happen that is not down here.
+    """
 
     def __init__(self) -> None:
+        self.horizon_s = math.inf
         self._now_s = 0.0
         self._entries: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = itertools.count()
@@ -23,16 +28,24 @@ class Agenda:
         assert time_s >= self._now_s, (time_s, self._now_s)
         heapq.heappush(self._entries, (time_s, next(self._count), action, arguments))
 
-    def next_s(self) -> float | None:
-        """When something happens next; None: never."""
-        return self._entries[0][0] if self._entries else None
+    def reaches(self, time_s: float) -> bool:
+        """Whether nothing else happens up to a time that is not past; then it is that time now, and
+        who asked may go on at once."""
+        if time_s >= self.horizon_s or (self._entries and self._entries[0][0] <= time_s):
+            return False
+        self._now_s = time_s
+        return True
 
     def advance(self, time_s: float) -> None:
         """Let time pass to before anything else happens."""
         assert self._now_s <= time_s, (self._now_s, time_s)
         self._now_s = time_s
 
-    def step(self) -> None:
-        """Let the next thing happen."""
-        self._now_s, _, action, arguments = heapq.heappop(self._entries)
+    def step(self) -> bool:
+        """Let the next thing happen; whether anything did, before the horizon."""
+        entries = self._entries
+        if not entries or entries[0][0] >= self.horizon_s:
+            return False
+        self._now_s, _, action, arguments = heapq.heappop(entries)
         action(*arguments)
+        return True

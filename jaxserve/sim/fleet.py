@@ -4,6 +4,7 @@ Front ends cost time alone: `submit_s` from a client to a replica, `deliver_s` b
 replica had goes on elsewhere, prompt and delivered tokens together as a new prompt.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,10 +77,10 @@ class FleetSimulation:
         config: SimConfig,
     ):
         self._feed, self._router, self._recorder = feed, router, recorder
-        self._due_s = feed.next_s()  # which changes when requests are taken or end, and only then
         self._make_core, self._device = make_core, device
         self._page_keys, self._config = page_keys, config
         self.agenda = Agenda()
+        self._note_due()
         self._outputs = Outputs()
         self._live: dict[str, _Live] = {}
         self._held: deque[_Live] = deque()  # while no replica is left
@@ -116,18 +117,23 @@ class FleetSimulation:
         """At most so many events; whether there is more to do."""
         agenda, feed = self.agenda, self._feed
         for _ in range(most):
-            due_s, next_s = self._due_s, agenda.next_s()
-            if due_s is not None and (next_s is None or due_s <= next_s):
-                agenda.advance(max(due_s, agenda.now()))
-                taken = feed.take(agenda.now())
-                self._due_s = feed.next_s()
-                for sent_s, work in taken:
-                    self._send(work, sent_s)
-            elif next_s is None or (not self._live and not self._held and feed.finished):
+            if not self._live and not self._held and feed.finished:
                 return False
-            else:
-                agenda.step()
+            if agenda.step():
+                continue
+            if agenda.horizon_s == math.inf:
+                return False
+            agenda.advance(max(agenda.horizon_s, agenda.now()))
+            taken = feed.take(agenda.now())
+            self._note_due()
+            for sent_s, work in taken:
+                self._send(work, sent_s)
         return True
+
+    def _note_due(self) -> None:
+        """The feed may be due at another time: it took requests, or one has ended."""
+        due_s = self._feed.next_s()
+        self.agenda.horizon_s = math.inf if due_s is None else due_s
 
     # Requests.
 
@@ -236,7 +242,7 @@ class FleetSimulation:
         self._recorder.ended(work.number, now_s, reason, live.cached, replica=live.replica)
         self._router.ended(work.number, live.delivered - live.carried)
         self._feed.ended(work, now_s)
-        self._due_s = self._feed.next_s()
+        self._note_due()
         self.num_ended += 1
 
     # Replicas.

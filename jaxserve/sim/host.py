@@ -39,18 +39,22 @@ class Host(Protocol):
 
 
 class ModelledHost:
-    """Takes what a serving-time model says. `overlaps`: it has a core of its own."""
+    """Takes what a serving-time model says, which it is asked once for each slice. `overlaps`: it
+    has a core of its own."""
 
     def __init__(self, time: SliceTime, *, overlaps: bool = True):
         self._time = time
         self._exposed = EXPOSED_SHARE if overlaps else 1.0
+        self._exposed_s: dict[int, float] = {}  # of slices that are not parsed yet
 
     def turn_s(self, now_s: float, after: After, plan: SlicePlan | None) -> float:
         if plan is None:
             return now_s + WAKE_S
+        if after is After.PARSE:
+            return now_s + PARSE_SHARE * self._exposed_s.pop(plan.number)
         work = SliceShape(plan.steps, len(plan.rows), 0, plan.num_prefill_tokens)
-        share = PARSE_SHARE if after is After.PARSE else 1 - PARSE_SHARE
-        return now_s + share * self._exposed * self._time.host_s(work)
+        exposed_s = self._exposed_s[plan.number] = self._exposed * self._time.host_s(work)
+        return now_s + (1 - PARSE_SHARE) * exposed_s
 
     def host_s(self, number: int, worked_s: float) -> float:
         return worked_s / self._exposed

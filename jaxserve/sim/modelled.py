@@ -37,12 +37,15 @@ class _Row:
     done: bool = False
 
 
+_Live = tuple[int, _Row, int]
+"""A row that makes tokens in a slice: its place in the plan, and how many it makes at most."""
+
+
 @dataclass(slots=True, eq=False)
 class ModelledSlice:
     """A ticket: the slice's result, and when the device begins it and is done with it."""
 
     result: SliceResult
-    shape: SliceShape
     begin_s: float
     ready_s: float
     output_tokens: int
@@ -70,10 +73,10 @@ class ModelledExecutor:
         self._busy_until_s = 0.0
 
     def dispatch(self, plan: SlicePlan) -> ModelledSlice:
-        result, shape, made = self._run(plan)
+        result, made = self._run(plan)
         begin_s = max(self._busy_until_s, self._clock.now())
         self._busy_until_s = begin_s + result.slice_s
-        return ModelledSlice(result, shape, begin_s, self._busy_until_s, made)
+        return ModelledSlice(result, begin_s, self._busy_until_s, made)
 
     def wait(self, ticket: ModelledSlice) -> SliceResult:
         assert self._clock.now() >= ticket.ready_s, "the slice is still running"
@@ -90,13 +93,12 @@ class ModelledExecutor:
             else:
                 ticket.result.slice_s += seconds
 
-    def _run(self, plan: SlicePlan) -> tuple[SliceResult, SliceShape, int]:
-        num_rows = len(plan.rows)
-        rows: list[_Row | None] = [None] * num_rows
-        may = [0] * num_rows
+    def _run(self, plan: SlicePlan) -> tuple[SliceResult, int]:
+        """Its result, and how many tokens it made."""
+        live: list[_Live] = []
         ends: list[int] = []
         chunk_tokens: list[int] = []
-        chunk_attended = 0
+        chunk_attended = steps = 0
         state = self._rows
         for place, each in enumerate(plan.rows):
             chunk, start = each.chunk, each.start
@@ -110,7 +112,6 @@ class ModelledExecutor:
             row = state[each.slot]
             if row.done:
                 continue
-            rows[place] = row
             most = each.cover - row.length + 1
             if most > each.steps:
                 most = each.steps
@@ -118,13 +119,14 @@ class ModelledExecutor:
             if left <= most:
                 most = left
                 ends.append(left)
-            may[place] = most
-        steps = max(may, default=0)
+            live.append((place, row, most))
+            if most > steps:
+                steps = most
         if len(ends) >= plan.quorum:
             ends.sort()
             steps = min(steps, ends[plan.quorum - 1])
         steps_run = max(steps, 1)  # prompts alone are one step
-        return self._result(plan, rows, may, steps_run, chunk_tokens, chunk_attended)
+        return self._result(plan, live, steps_run, chunk_tokens, chunk_attended)
 
     def _started(self, start: RowStart) -> _Row:
         length = start.prompt.size + len(start.made)
@@ -141,19 +143,17 @@ class ModelledExecutor:
     def _result(
         self,
         plan: SlicePlan,
-        rows: list[_Row | None],
-        may: list[int],
+        live: list[_Live],
         steps_run: int,
         chunk_tokens: list[int],
         chunk_attended: int,
-    ) -> tuple[SliceResult, SliceShape, int]:
-        codes: list[int] = [Code.RUNNING] * len(rows)
-        tokens: list[list[int]] = [[]] * len(rows)  # nobody adds to them
+    ) -> tuple[SliceResult, int]:
+        num_rows = len(plan.rows)
+        codes: list[int] = [Code.RUNNING] * num_rows
+        tokens: list[list[int]] = [[]] * num_rows  # nobody adds to them
         made = attended = 0
-        for place, row in enumerate(rows):
-            if row is None:
-                continue
-            count = may[place] if may[place] < steps_run else steps_run
+        for place, row, most in live:
+            count = most if most < steps_run else steps_run
             length = row.length
             attended += count * length + count * (count - 1) // 2
             if row.fresh and count:
@@ -163,12 +163,12 @@ class ModelledExecutor:
                 tokens[place] = [row.token] * count
             else:
                 tokens[place] = list(row.tokens[length - row.prompt : length - row.prompt + count])
-            row.length = length + count
+            row.length = length = length + count
             made += count
-            if row.length >= row.end:
+            if length >= row.end:
                 row.done = True
                 codes[place] = Code.STOP if row.stops else Code.LENGTH
-        bucket = self._buckets.smallest(len(rows), chunk_tokens)
+        bucket = self._buckets.smallest(num_rows, chunk_tokens)
         rows_run, prefill_run = bucket.rows, bucket.tiles * self._buckets.tile
         shape = SliceShape(steps_run, rows_run, attended, prefill_run, chunk_attended)
         result = SliceResult(
@@ -180,4 +180,4 @@ class ModelledExecutor:
             rows_run=rows_run,
             prefill_run=prefill_run,
         )
-        return result, shape, made
+        return result, made

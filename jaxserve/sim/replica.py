@@ -125,10 +125,10 @@ class SimulatedReplica:
     def _work(self, now_s: float, turn_s: float) -> None:
         """The host is busy until it takes its next turn."""
         self._host_s += turn_s - now_s
-        if turn_s > now_s:
-            self._agenda.at(turn_s, self._turn)
-        else:
+        if turn_s <= now_s or self._agenda.reaches(turn_s):
             self._turn()
+        else:
+            self._agenda.at(turn_s, self._turn)
 
     def _until(self, now_s: float, after: After, plan: SlicePlan) -> float:
         """When the host is done; where it works on the device's core, what runs is done later."""

@@ -174,8 +174,8 @@ def rerun(recorded: Recorded) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     )
     for at_s, event in recorded.commands:
         agenda.at(at_s, replica.command, _command(event, at_s))
-    while agenda.next_s() is not None:
-        agenda.step()
+    while agenda.step():
+        pass
     yield from zip(recorded.plans, plans, strict=False)
 
 

@@ -7,6 +7,7 @@ from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.build import TILE, serving_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
+from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import ConfigError
 from jaxserve.fleet.router import Router
 from jaxserve.models.config import SHAPES, ModelConfig
@@ -26,7 +27,7 @@ from jaxserve.sim.pool import PoolConfig, Tick, simulate_pool
 from jaxserve.sim_config import SimConfig
 from jaxserve.workload.feed import Feed
 from jaxserve.workload.load import require_clients, require_prefixes
-from jaxserve.workload.tokens import page_keys_of
+from jaxserve.workload.tokens import own_page_keys, page_keys_of
 from jaxserve.workload.work import Work, Workload
 
 _ANYTHING = 1 << 20
@@ -158,14 +159,21 @@ def build_fleet(
     by_client = engine.cache.prefix_scope == "client"
     scopes: dict[str, int] = {}
 
+    def scope_of(client: str) -> int:
+        return scopes.setdefault(client, len(scopes)) if by_client else 0
+
     def page_keys(work: Work) -> tuple[bytes, ...]:
-        scope = scopes.setdefault(work.client, len(scopes)) if by_client else 0
+        scope = scope_of(work.client)
         return page_keys_of(work, workload.block_size, page_size=size, scope=scope)
+
+    def output_keys(row: Sequence, places: range) -> list[bytes]:
+        number, client = row.seed, row.job.request.client
+        return own_page_keys(number, places, scope=scope_of(client))
 
     return FleetSimulation(
         feed,
         router,
-        lambda: EngineCore(config),
+        lambda: EngineCore(config, output_keys=output_keys),
         device,
         recorder,
         page_keys=page_keys,

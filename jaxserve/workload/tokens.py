@@ -20,6 +20,8 @@ from jaxserve.workload.work import Work
 MOST_BLOCK_ID: Final = 2**62 - 1
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _KEY: Final = Struct("<qII").pack
+_FIRST: Final = 1
+"""Where places begin in a key: block 0 at place 0 would make the key that means "no parent"."""
 
 
 def draw_tokens(
@@ -79,5 +81,11 @@ def page_keys_of(
         lasts = range(page_size - 1, num_shared * page_size, page_size)
         ids = [blocks[last // block_size] for last in lasts]
     own = repeat(~work.number, num_pages - num_shared)
-    # Places count from 1: block 0 at place 0 would make the key that means "no parent".
-    return tuple(map(_KEY, chain(ids, own), range(1, num_pages + 1), repeat(scope)))
+    return tuple(map(_KEY, chain(ids, own), range(_FIRST, _FIRST + num_pages), repeat(scope)))
+
+
+def own_page_keys(number: int, places: range, *, scope: int = 0) -> list[bytes]:
+    """Keys of pages that request `number` alone has, such as those of its output, as `page_keys_of`
+    makes them: of the pages at these places, prompt and output together."""
+    at = range(_FIRST + places.start, _FIRST + places.stop)
+    return list(map(_KEY, repeat(~number, len(places)), at, repeat(scope)))

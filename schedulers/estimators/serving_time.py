@@ -61,6 +61,15 @@ class ServingTime:
         """Seconds that a slice with prompts takes beyond its tokens; 0 or more."""
         return max(0.0, self._fit.coefficients[1])
 
+    def decode_s(self, rows: int, context_tokens: int) -> tuple[float, float]:
+        """As `predict_s`, of one decode step and of two, without prompts, of rows with so many
+        tokens together: what is asked before each slice."""
+        fixed, _, step, row_step, attended, _ = self._fit.coefficients
+        step += row_step * rows
+        one = fixed + step + attended * context_tokens
+        two = fixed + 2 * step + attended * (2 * context_tokens)
+        return max(1e-6, one), max(2e-6, two)
+
     def observe(self, shape: SliceShape, seconds: float) -> None:
         """Learn from one measured slice."""
         steps, rows, attended_tokens, prefill_tokens, _ = shape

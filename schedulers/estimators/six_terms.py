@@ -7,21 +7,15 @@ Knows no seconds and no slices.
 
 import math
 from operator import mul
-from typing import Final, cast
+from typing import Final
 
 _Number = float | int
 Terms = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
-_Covariance = tuple[
-    tuple[float],
-    tuple[float, float],
-    tuple[float, float, float],
-    tuple[float, float, float, float],
-    tuple[float, float, float, float, float],
-    tuple[float, float, float, float, float, float],
-]
-"""It is symmetric: the lines of its lower triangle."""
+_Covariance = tuple[float, ...]
+"""It is symmetric: the 21 numbers of its lower triangle, line by line."""
 
 
+_PLACES: Final = tuple((line, column) for line in range(6) for column in range(line + 1))
 _SLACK: Final = 1.5
 """How far above their bound variances may be before they are taken back: now and then, not at every
 point."""
@@ -40,26 +34,23 @@ class SixTerms:
         self.coefficients: Terms = first
         self._scale, self._forgetting = scale, forgetting
         self._weights = tuple(value / size for value, size in zip(first, scale, strict=True))
-        self._covariance: _Covariance = (
-            (u,),
-            (0.0, u),
-            (0.0, 0.0, u),
-            (0.0, 0.0, 0.0, u),
-            (0.0, 0.0, 0.0, 0.0, u),
-            (0.0, 0.0, 0.0, 0.0, 0.0, u),
+        self._covariance: _Covariance = tuple(
+            u if line == column else 0.0 for line, column in _PLACES
         )
         self._uncertainty = u
 
     def observe(self, row: Terms, value: _Number) -> None:
         """Learn from one point."""
+        # fmt: off
         (
-            (c00,),
-            (c10, c11),
-            (c20, c21, c22),
-            (c30, c31, c32, c33),
-            (c40, c41, c42, c43, c44),
-            (c50, c51, c52, c53, c54, c55),
+            c00,
+            c10, c11,
+            c20, c21, c22,
+            c30, c31, c32, c33,
+            c40, c41, c42, c43, c44,
+            c50, c51, c52, c53, c54, c55,
         ) = self._covariance
+        # fmt: on
         x0, x1, x2, x3, x4, x5 = map(mul, row, self._scale)
         s0 = c00 * x0 + c10 * x1 + c20 * x2 + c30 * x3 + c40 * x4 + c50 * x5
         s1 = c10 * x0 + c11 * x1 + c21 * x2 + c31 * x3 + c41 * x4 + c51 * x5
@@ -89,23 +80,27 @@ class SixTerms:
         c42, c43, c44 = (c42 - g4 * s2) * grow, (c43 - g4 * s3) * grow, (c44 - g4 * s4) * grow
         c50, c51, c52 = (c50 - g5 * s0) * grow, (c51 - g5 * s1) * grow, (c52 - g5 * s2) * grow
         c53, c54, c55 = (c53 - g5 * s3) * grow, (c54 - g5 * s4) * grow, (c55 - g5 * s5) * grow
+        # fmt: off
         self._covariance = (
-            (c00,),
-            (c10, c11),
-            (c20, c21, c22),
-            (c30, c31, c32, c33),
-            (c40, c41, c42, c43, c44),
-            (c50, c51, c52, c53, c54, c55),
+            c00,
+            c10, c11,
+            c20, c21, c22,
+            c30, c31, c32, c33,
+            c40, c41, c42, c43, c44,
+            c50, c51, c52, c53, c54, c55,
         )
+        # fmt: on
         if max(c00, c11, c22, c33, c44, c55) > _SLACK * self._uncertainty:
             self._bound_variances()
 
     def _bound_variances(self) -> None:
         """Take the largest variances back to the bound, correlations as they are."""
-        lines, most = self._covariance, self._uncertainty
-        shrink = [math.sqrt(most / line[-1]) if line[-1] > most else 1.0 for line in lines]
-        bounded = tuple(
-            tuple(value * here * there for value, there in zip(line, shrink, strict=False))
-            for line, here in zip(lines, shrink, strict=True)
+        values, most = self._covariance, self._uncertainty
+        variances = [
+            values[place] for place, (line, column) in enumerate(_PLACES) if line == column
+        ]
+        shrink = [math.sqrt(most / each) if each > most else 1.0 for each in variances]
+        self._covariance = tuple(
+            value * shrink[line] * shrink[column]
+            for value, (line, column) in zip(values, _PLACES, strict=True)
         )
-        self._covariance = cast(_Covariance, bounded)

@@ -4,10 +4,9 @@ Project rules, papers.md 3.3: a token that is computed again after a preemption 
 again, but on wish, and what was charged but never run is given back.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 from ..events import Arrive, Ran, RequestNumber
 
@@ -65,14 +64,9 @@ class IdleClients:
         self._forget(client)
 
 
-class Bill(NamedTuple):
-    """What a client's account changes by: charged now, and held because it is planned."""
-
-    charge: float
-    hold: float = 0.0
-
-
-NOTHING = Bill(0.0)
+Bill = tuple[float, float]
+"""What a client's account changes by: charged now, and held because it is planned."""
+NOTHING: Final[Bill] = (0.0, 0.0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,31 +154,35 @@ class Charges:
             )
         account.begin(extend, known)
         if prices.at_enactment:
-            return Bill(charge, prices.w_in * account.fresh)
+            return charge, prices.w_in * account.fresh
         account.paid += account.fresh
-        return Bill(charge + prices.w_in * account.fresh)
+        return charge + prices.w_in * account.fresh, 0.0
 
     def enacted(
         self, ran: Iterable[Ran], owners: Mapping[RequestNumber, Owner]
     ) -> Mapping[Owner, Bill]:
         """Tokens were run: what that is for each owner of some of the requests."""
         accounts, prices = self._accounts, self._prices
-        outputs: defaultdict[Owner, int] = defaultdict(int)
-        prompts: defaultdict[Owner, int] = defaultdict(int)
+        outputs: dict[Owner, int] = {}
+        prompts: dict[Owner, int] = {}
         for number, num_prompt, num_output in ran:
             account = accounts[number]
             if num_output:
                 account.made += num_output
-                outputs[owners[number]] += num_output
+                owner = owners[number]
+                outputs[owner] = outputs.get(owner, 0) + num_output
             if num_prompt:
                 fresh = account.run(num_prompt)
                 if prices.at_enactment:
                     account.paid += fresh
-                    prompts[owners[number]] += fresh
-        bills = {owner: Bill(prices.w_out * made) for owner, made in outputs.items()}
+                    owner = owners[number]
+                    prompts[owner] = prompts.get(owner, 0) + fresh
+        bills: dict[Owner, Bill] = {}
+        for owner, made in outputs.items():
+            bills[owner] = (prices.w_out * made, 0.0)
         for owner, fresh in prompts.items():
             charge = prices.w_in * fresh
-            bills[owner] = Bill(charge + bills.get(owner, NOTHING).charge, -charge)
+            bills[owner] = (charge + bills.get(owner, NOTHING)[0], -charge)
         return bills
 
     def stopped(self, number: RequestNumber) -> Bill:
@@ -197,9 +195,9 @@ class Charges:
         if not unrun and not back:
             return NOTHING
         if prices.at_enactment:
-            return Bill(-back, -prices.w_in * unrun)
+            return -back, -prices.w_in * unrun
         account.paid -= unrun
-        return Bill(-back - prices.w_in * unrun)
+        return -back - prices.w_in * unrun, 0.0
 
     def forget(self, number: RequestNumber) -> None:
         """The request is over."""

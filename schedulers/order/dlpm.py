@@ -179,9 +179,9 @@ class Dlpm:
     def running(self) -> list[RequestNumber]:
         """Most credit in front, so that the most overdrawn client gives way first."""
         if self._sorted is None:
-            running = self._running
-            self._sorted = sorted(running)
-            self._sorted.sort(key=lambda number: -running[number].credit)
+            ranks = [(-client.credit, number) for number, client in self._running.items()]
+            ranks.sort()
+            self._sorted = [number for _, number in ranks]
         return list(self._sorted)
 
     def credits(self) -> dict[str, float]:
@@ -229,10 +229,11 @@ class Dlpm:
     def _charge(self, client: _Client, bill: Bill) -> None:
         if bill is NOTHING:
             return
+        charge, hold = bill
         had_credit = client.credit > client.held
-        client.credit -= bill.charge
-        client.held += bill.hold
-        client.charged += bill.charge + bill.hold
+        client.credit -= charge
+        client.held += hold
+        client.charged += charge + hold
         self._sorted = None
         if had_credit is not (client.credit > client.held):
             self._note_credit(client)

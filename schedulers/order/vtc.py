@@ -95,9 +95,9 @@ class Vtc:
     def running(self) -> list[RequestNumber]:
         """Who is charged least in front, so that the most overdrawn client gives way first."""
         if self._sorted is None:
-            running = self._running
-            self._sorted = sorted(running)
-            self._sorted.sort(key=lambda number: running[number].counter)
+            ranks = [(client.counter, number) for number, client in self._running.items()]
+            ranks.sort()
+            self._sorted = [number for _, number in ranks]
         return list(self._sorted)
 
     def counters(self) -> dict[str, float]:
@@ -185,13 +185,14 @@ class Vtc:
             self._last_left = client
 
     def _charge(self, client: _Client, bill: Bill) -> None:
-        if not bill.charge:
+        charge, _ = bill
+        if not charge:
             return
         self._sorted = None
         if client.waiting:
             del self._queued[client.counter, client.name]
-        client.charged += bill.charge
-        client.counter += bill.charge / client.weight
+        client.charged += charge
+        client.counter += charge / client.weight
         if client.waiting:
             self._queued.put((client.counter, client.name), client)
 

@@ -93,8 +93,9 @@ class PrefixRouting(Routing):
     def matched(self, request: Routable) -> np.ndarray:
         """Prompt tokens believed to be cached, by replica, [R] int64. The last token of a prompt is
         computed whatever is cached."""
-        tokens = self.tree.matched(request.page_keys) * self._page_size
-        return np.minimum(tokens, max(0, request.num_prompt_tokens - 1))
+        tokens = self.tree.matched(request.page_keys)
+        tokens *= self._page_size
+        return np.minimum(tokens, max(0, request.num_prompt_tokens - 1), out=tokens)
 
     def sent(self, dispatch: Dispatch) -> None:
         self.tree.sent(dispatch.replica, dispatch.request.page_keys, dispatch.number)

@@ -20,6 +20,7 @@ import numpy as np
 from ..order.charges import IdleClients
 from ..parameters import price, require
 from .base import Choice, Dispatch, PrefixRouting, Routable
+from .global_tree import FEW, bits
 from .views import Views
 
 
@@ -64,11 +65,19 @@ class D2lpm(PrefixRouting):
     def choose(self, request: Routable, views: Views) -> Choice:
         self._now_s = views.now_s
         self._idle.tick(views.now_s)
-        row = self._row(request.client)
+        row = self._row(request.client)  # which may make the table larger
         credits, candidates = self._credits[row], views.candidates
+        holders, pages = self.tree.longest(request.page_keys, views.candidate_bits)
+        # What is mostly so goes without a look at all replicas. (A prompt's last token is computed
+        # anyway: where pages are of one token, holding the last page is not a longer match.)
+        if pages and self._page_size > 1 and holders.bit_count() <= FEW:
+            rich = [replica for replica in bits(holders) if credits[replica] > 0]
+            if rich:
+                tokens = min(pages * self._page_size, request.num_prompt_tokens - 1)
+                return Choice(min(rich, key=views.outstanding.__getitem__), tokens)
         self._refill(credits, candidates)
         matched = self.matched(request)
-        found, funded = matched[candidates], credits[candidates] > 0
+        found, funded = _at(candidates, matched), _at(candidates, credits) > 0
         among = candidates[funded & (found == _largest(found))]
         if not len(among):
             among = candidates[funded]
@@ -84,7 +93,7 @@ class D2lpm(PrefixRouting):
         """Who is no candidate gets as much: refills count for all."""
         quantum = self._parameters.worker_quantum
         # A debt of many rounds may round to no credit: what is left is exact the second time.
-        while (most := _largest(credits[candidates])) <= 0:
+        while (most := _largest(_at(candidates, credits))) <= 0:
             credits += (np.floor(-most / quantum) + 1) * quantum
 
     def sent(self, dispatch: Dispatch) -> None:
@@ -139,6 +148,11 @@ class D2lpm(PrefixRouting):
 
     def _forget(self, client: str) -> None:
         self._free_rows.append(self._rows.pop(client))
+
+
+def _at(candidates: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values[candidates]`, which are mostly all."""
+    return values if len(candidates) == len(values) else values[candidates]
 
 
 def _largest(values: np.ndarray) -> Any:

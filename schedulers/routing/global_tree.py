@@ -42,7 +42,8 @@ class _Page:
         self.holders, self.parent = holders, parent
 
 
-def _bits(mask: int) -> Iterator[int]:
+def bits(mask: int) -> Iterator[int]:
+    """The places of ones in `mask`, ascending."""
     while mask:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
@@ -84,9 +85,21 @@ class GlobalTree:
             self._put(matched, holders, depth)
         return matched
 
+    def longest(self, keys: Sequence[bytes], among: int) -> tuple[int, int]:
+        """Which replicas of `among` hold most leading pages of the chain `keys`, one bit each, and
+        how many pages; all of `among` where none holds any."""
+        pages, depth = self._pages, 0
+        for key in keys:
+            page = pages.get(key)
+            if page is None or not among & page.holders:
+                break
+            among &= page.holders
+            depth += 1
+        return among, depth
+
     def _put(self, matched: np.ndarray, mask: int, depth: int) -> None:
         if mask.bit_count() <= FEW:
-            for replica in _bits(mask):
+            for replica in bits(mask):
                 matched[replica] = depth
             return
         num_replicas = len(matched)
@@ -159,7 +172,7 @@ class GlobalTree:
 
     def _evict(self) -> None:
         key, page = self._pages.popitem(last=False)
-        for replica in _bits(page.holders):
+        for replica in bits(page.holders):
             del self._numbers[replica][key]
             self.num_pages[replica] -= 1
 

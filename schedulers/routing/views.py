@@ -66,8 +66,8 @@ class Views:
     `in_flight_prompt_tokens`: what no report has seen. Rates are exponential averages, 0 while
     unknown. A rate counts when work waited, or when it is above the average: that of a replica with
     little to do says nothing of what it can do. `candidates`: the indices of healthy replicas,
-    ascending. `now_s`: when the router was last told of anything. The other columns are those of
-    the last report, 0 before the first.
+    ascending; `candidate_bits`: the same as the bits of an int. `now_s`: when the router was last
+    told of anything. The other columns are those of the last report, 0 before the first.
     """
 
     def __init__(self, num_replicas: int, *, smoothing: float = SMOOTHING):
@@ -202,3 +202,5 @@ class Views:
 
     def _note_health(self) -> None:
         self.candidates = np.flatnonzero(self.healthy)
+        packed = np.packbits(self.healthy, bitorder="little")
+        self.candidate_bits = int.from_bytes(packed.tobytes(), "little")
