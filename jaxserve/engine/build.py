@@ -129,6 +129,7 @@ def build_jax(
     from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor
     from jaxserve.kernels.backend import resolve
+    from jaxserve.models.partition import spread_config
 
     count = CompileCount()
     mesh = open_mesh(config.mesh, model)
@@ -148,7 +149,8 @@ def build_jax(
         f" {mesh.size} x {device.device_kind}"
     )
     page_size = config.cache.page_size
-    num_pages = _num_pages(config, model, jnp.dtype(dtype).itemsize, mesh)
+    held = spread_config(model, mesh.size)
+    num_pages = _num_pages(config, held, jnp.dtype(dtype).itemsize, mesh)
     shape = BatchShape(
         tile=TILE,
         table_pages=-(-model.max_context // page_size),

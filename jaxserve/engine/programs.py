@@ -1,0 +1,229 @@
+"""The compiled programs of a deployment: which there are, what each takes, how they are compiled.
+
+Serving compiles and runs them (jax_executor.py); `jaxserve compile` compiles the same list for
+devices that are not there, from shapes alone. Knows no plan and holds no array.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.engine.batch import BatchShape
+from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
+from jaxserve.kernels.backend import resolve
+from jaxserve.kernels.kv_pages import copy_pages, init_pages
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.decoder import Decoder, Init
+from jaxserve.models.partition import TP, axes_spec, param_shardings, share_of, spread_config
+
+Progress = Callable[[str], None]
+
+_EVERYWHERE: Any = PartitionSpec()
+_PAGES: Any = axes_spec("pages", "kv_heads")
+
+PAGE_COPIES, EXTRAS = "page copies", "sampling extras"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One program to compile. `key` is its bucket, PAGE_COPIES or EXTRAS; `name` is for people.
+
+    `args` are shapes with shardings; the one at `donated` is the `DeviceState`, which is given back
+    changed.
+    """
+
+    key: Hashable
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    donated: int
+
+    def compile(self) -> Any:
+        """Trace, lower and compile it for the devices of its arguments."""
+        return jax.jit(self.function, donate_argnums=self.donated).lower(*self.args).compile()
+
+
+class Programs:
+    """Everything that one deployment compiles, for the devices of a mesh with the axis TP.
+
+    `config` becomes the model as it is spread over the mesh, `kernels` the backend that runs there.
+    Raises ConfigError when the model cannot be cut so, ValueError when the backend does not run on
+    the mesh's platform.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mesh: Mesh,
+        shape: BatchShape,
+        buckets: tuple[Bucket, ...],
+        num_pages: int,
+        page_size: int,
+        kernels: str,
+        dtype: str,
+    ):
+        self.config = spread_config(config, mesh.size)
+        self.mesh, self.shape, self.buckets = mesh, shape, buckets
+        self.num_pages, self.page_size, self.dtype = num_pages, page_size, jnp.dtype(dtype)
+        self.kernels = resolve(kernels, platform=mesh.devices.flat[0].platform)
+        self.state_specs, self.state = self._abstract_state()
+        self._graphdef, self.weights, self._weights_def = self._abstract_weights()
+
+    def _abstract_weights(self) -> tuple[nnx.GraphDef, list[jax.ShapeDtypeStruct], Any]:
+        """The share's decoder, and the shapes of all weights, as a list in its order."""
+        axis = TP if self.mesh.size > 1 else None
+        share = share_of(self.config, self.mesh.size)
+        graphdef, state = nnx.split(self._decoder(share, axis))
+        whole = nnx.to_pure_dict(nnx.state(self._decoder(self.config)))
+        shapes = jax.tree.map(_shape, whole, param_shardings(self.mesh, whole))
+        nnx.replace_by_pure_dict(state, shapes)
+        return graphdef, *jax.tree.flatten(state)
+
+    def _decoder(self, config: ModelConfig, axis: str | None = None) -> Decoder:
+        return nnx.eval_shape(lambda: Decoder(config, init=Init(self.dtype), axis=axis))
+
+    def _abstract_state(self) -> tuple[DeviceState, DeviceState]:
+        state = jax.eval_shape(self._zeros)
+        specs = jax.tree.map(lambda _: _EVERYWHERE, state)
+        specs = specs._replace(pages=jax.tree.map(lambda _: _PAGES, state.pages))
+        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+        return specs, jax.tree.map(_shape, state, shardings)
+
+    def _zeros(self) -> DeviceState:
+        config, slots = self.config, self.shape.max_rows
+        dense = (slots, config.vocab_size)
+        return DeviceState(
+            pages=init_pages(
+                self.num_pages * config.num_layers,
+                page_size=self.page_size,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                dtype=self.dtype,
+            ),
+            last_token_R=jnp.zeros(slots, jnp.int32),
+            length_R=jnp.ones(slots, jnp.int32),
+            done_R=jnp.zeros(slots, bool),
+            counts_RV=jnp.zeros(dense, jnp.int32),
+            bias_RV=jnp.zeros(dense, jnp.float32),
+        )
+
+    def make_state(self) -> DeviceState:
+        """The state before the first slice, on the devices."""
+        return jax.jit(self._zeros, out_shardings=jax.tree.map(_sharding, self.state))()
+
+    def order_weights(self, params: Any) -> list[jax.Array]:
+        """A nested dict of weights as the list that slice programs take."""
+        _, state = nnx.split(self._decoder(self.config))
+        nnx.replace_by_pure_dict(state, params)
+        return jax.tree.leaves(state)
+
+    def all(self) -> list[Program]:
+        """Every program, the largest first."""
+        slices = [self._slice(bucket) for bucket in reversed(self.buckets)]
+        return [*slices, self._page_copies(), self._extras()]
+
+    def compile_all(self, progress: Progress, *, threads: int) -> dict[Hashable, Any]:
+        """Compile every program, `threads` at a time; tracing is serial, compiling is not."""
+        programs, compiled = self.all(), {}
+        started_s = time.monotonic()
+        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+            futures = {pool.submit(program.compile): program for program in programs}
+            for future in as_completed(futures):
+                program = futures[future]
+                compiled[program.key] = future.result()
+                seconds = time.monotonic() - started_s
+                progress(
+                    f"compiled {len(compiled)}/{len(programs)} ({program.name}) after"
+                    f" {seconds:.1f} s"
+                )
+        return compiled
+
+    def _slice(self, bucket: Bucket) -> Program:
+        slice_program = SliceProgram(
+            decoder_def=self._graphdef,
+            treedef=self._weights_def,
+            bucket=bucket,
+            shape=self.shape,
+            eos_token_ids=self.config.eos_token_ids,
+            num_layers=self.config.num_layers,
+            window=self.config.sliding_window,
+            loop_layers=self.kernels == "cpu",
+            kernels=self.kernels,
+        )
+        weight_specs = [weight.sharding.spec for weight in self.weights]
+        prompts = f" + {bucket.tiles * self.shape.tile} prompt tokens" * bool(bucket.tiles)
+        return Program(
+            bucket,
+            f"{bucket.rows} rows{prompts}",
+            self._on_all(
+                slice_program.__call__,
+                (weight_specs, self.state_specs, _EVERYWHERE),
+                (self.state_specs, SliceOutput(*[_EVERYWHERE] * len(SliceOutput._fields))),
+            ),
+            (self.weights, self.state, self._host_array(self.shape.size(bucket))),
+            donated=1,
+        )
+
+    def _page_copies(self) -> Program:
+        ids = self._host_array(self.shape.max_rows * self.config.num_layers)
+        specs = (self.state_specs, _EVERYWHERE, _EVERYWHERE)
+        copy = self._on_all(_copy_pages, specs, self.state_specs)
+        return Program(PAGE_COPIES, PAGE_COPIES, copy, (self.state, ids, ids), donated=0)
+
+    def _extras(self) -> Program:
+        vocab = self.config.vocab_size
+        hosts = (
+            self._host_array(),
+            self._host_array(vocab),
+            self._host_array(vocab, dtype=jnp.float32),
+        )
+        specs = (self.state_specs, *[_EVERYWHERE] * 3)
+        extras = self._on_all(_set_extras, specs, self.state_specs)
+        return Program(EXTRAS, EXTRAS, extras, (self.state, *hosts), donated=0)
+
+    def _on_all(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """`function` as one program of all devices, each of which sees its own shards."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            # What the specs call equal everywhere is: sums and gathers make it so. The check would
+            # need types for it on every loop carry.
+            check_vma=False,
+        )
+
+    def _host_array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """What the host hands to every device."""
+        where = NamedSharding(self.mesh, _EVERYWHERE)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _shape(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _sharding(leaf: jax.ShapeDtypeStruct) -> Any:
+    return leaf.sharding
+
+
+def _copy_pages(state: DeviceState, source_N: jax.Array, target_N: jax.Array) -> DeviceState:
+    return state._replace(pages=copy_pages(state.pages, source_N, target_N))
+
+
+def _set_extras(
+    state: DeviceState, slot: jax.Array, counts_V: jax.Array, bias_V: jax.Array
+) -> DeviceState:
+    return state._replace(
+        counts_RV=state.counts_RV.at[slot].set(counts_V),
+        bias_RV=state.bias_RV.at[slot].set(bias_V),
+    )
