@@ -74,7 +74,9 @@ def test_shares_together_compute_what_the_whole_computes(config: ModelConfig, lo
 
 
 def test_a_model_that_cannot_be_cut_so_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mesh: got tp=3; .*a divisor or a multiple of .*num_kv_heads \(2\)"):
+    with pytest.raises(
+        ConfigError, match=r"mesh: got tp=3; .*a divisor or a multiple of .*num_kv_heads \(2\)"
+    ):
         open_mesh("tp=3", TINY)
 
 
