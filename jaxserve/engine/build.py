@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
+from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket, Buckets, make_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
@@ -118,13 +119,22 @@ def serving_buckets(config: EngineConfig) -> tuple[Bucket, ...]:
     return make_buckets(config.scheduler.max_rows, max_tiles)
 
 
+def serving_shape(config: EngineConfig, model: ModelConfig) -> BatchShape:
+    """The sizes that the programs of a deployment share."""
+    return BatchShape(
+        tile=TILE,
+        table_pages=-(-model.max_context // config.cache.page_size),
+        step_buffer=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
+        max_rows=config.scheduler.max_rows,
+    )
+
+
 def build_jax(
     config: EngineConfig, source: ModelSource, model: ModelConfig, progress
 ) -> tuple[Executor, ModelInfo, Callable[[], Compiles]]:
     import jax
     import jax.numpy as jnp
 
-    from jaxserve.engine.batch import BatchShape
     from jaxserve.engine.compile_count import CompileCount
     from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor
@@ -138,7 +148,7 @@ def build_jax(
         attention = resolve(config.kernels)
     except ValueError as error:
         raise ConfigError(f"kernels: {error}") from error
-    dtype = _dtype(config, device.platform)
+    dtype = serving_dtype(config, device.platform)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
     weights = load_weights(
@@ -150,18 +160,12 @@ def build_jax(
     )
     page_size = config.cache.page_size
     held = spread_config(model, mesh.size)
-    num_pages = _num_pages(config, held, jnp.dtype(dtype).itemsize, mesh)
-    shape = BatchShape(
-        tile=TILE,
-        table_pages=-(-model.max_context // page_size),
-        step_buffer=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
-        max_rows=config.scheduler.max_rows,
-    )
+    num_pages = serving_pages(config, held, jnp.dtype(dtype).itemsize, lambda: _free_bytes(mesh))
     executor = JaxExecutor(
         model,
         weights,
         mesh=mesh,
-        shape=shape,
+        shape=serving_shape(config, model),
         buckets=serving_buckets(config),
         num_pages=num_pages,
         page_size=page_size,
@@ -186,7 +190,8 @@ def build_jax(
     return executor, info, count.compiles
 
 
-def _dtype(config: EngineConfig, platform: str) -> str:
+def serving_dtype(config: EngineConfig, platform: str) -> str:
+    """Of weights and activations, `auto` decided."""
     if config.dtype != "auto":
         return config.dtype
     return "float32" if platform == "cpu" else "bfloat16"
@@ -209,16 +214,22 @@ def _pages_rows_can_use(config: EngineConfig, model: ModelConfig) -> int:
     return config.scheduler.max_rows * -(-model.max_context // config.cache.page_size)
 
 
-def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, mesh) -> int:
-    """As many pages as `memory_fraction` of free memory holds, and rows can use."""
+def serving_pages(
+    config: EngineConfig, held: ModelConfig, value_bytes: int, free_bytes_of: Callable[[], int]
+) -> int:
+    """As many pages as `memory_fraction` of free memory holds, and rows can use.
+
+    `held` is the model as it is spread over its devices, whose free bytes are asked for unless the
+    pages were chosen. Raises ConfigError when fewer than two fit.
+    """
     if config.cache.num_pages is not None:
         return config.cache.num_pages
-    free_bytes = _free_bytes(mesh)
+    free_bytes = free_bytes_of()
     fit = KvMemory.within(
         free_bytes,
         config.cache.memory_fraction,
         page_size=config.cache.page_size,
-        bytes_per_token=model.kv_bytes_per_token(value_bytes),
+        bytes_per_token=held.kv_bytes_per_token(value_bytes),
     )
     if fit.num_pages < 2:
         raise ConfigError(
@@ -226,7 +237,7 @@ def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, mesh)
             f" free holds {fit.num_pages} pages of {fit.page_bytes / 2**20:.2f} MiB, at least 2 are"
             " needed; lower --page_size or use a smaller model or --dtype=bfloat16"
         )
-    return min(fit.num_pages, _pages_rows_can_use(config, model))
+    return min(fit.num_pages, _pages_rows_can_use(config, held))
 
 
 def _free_bytes(mesh) -> int:
