@@ -68,14 +68,19 @@ def _scatter(pages: KvPages, k_TKC, v_TKC, page_T, slot_T) -> KvPages:
 
 
 def _scatter_rows(pages: RowPages, k_TKC, v_TKC, page_T, slot_T) -> RowPages:
+    # With an index for the kv head too: XLA would rather have the heads of a slot side by side, and
+    # for a scatter of all heads at once it copies the whole pool to another layout and back on a TPU.
+    at_T1, head_1K, slot_T1 = page_T[:, None], jnp.arange(k_TKC.shape[1])[None], slot_T[:, None]
     scale_NKZ = pages.scale_NKZ
     if scale_NKZ is not None:
         k_TKC, k_scale_TK = quant.quantise(k_TKC, pages.kv_NKSD.dtype)
         v_TKC, v_scale_TK = quant.quantise(v_TKC, pages.kv_NKSD.dtype)
         for half, scale_TK in enumerate((k_scale_TK, v_scale_TK)):
-            scale_NKZ = scale_NKZ.at[page_T, :, half * pages.page_size + slot_T].set(
+            scale_NKZ = scale_NKZ.at[at_T1, head_1K, half * pages.page_size + slot_T1].set(
                 scale_TK, mode="drop", unique_indices=True
             )
     kv_TKD = jnp.concatenate([k_TKC, v_TKC], axis=-1).astype(pages.kv_NKSD.dtype)
-    kv_NKSD = pages.kv_NKSD.at[page_T, :, slot_T].set(kv_TKD, mode="drop", unique_indices=True)
+    kv_NKSD = pages.kv_NKSD.at[at_T1, head_1K, slot_T1].set(
+        kv_TKD, mode="drop", unique_indices=True
+    )
     return RowPages(kv_NKSD, scale_NKZ)
