@@ -27,6 +27,7 @@ from jaxserve.server_config import (
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
     BenchConfig,
+    CompileConfig,
     ConvertConfig,
     GenerateConfig,
     KeyConfig,
@@ -332,6 +333,21 @@ PROGRAMS: Final = Group(
         for flag in SCHEDULING.flags
         if flag.name in ("slice_steps", "max_rows", "max_prefill_tokens")
     ),
+)
+COMPILATION: Final = Group(
+    "compilation",
+    (
+        Flag("topology", CompileConfig, "topology", "chips to compile for, such as v5e:2x2"),
+        Flag("json", CompileConfig, "json", "report in JSON; empty: none"),
+    ),
+)
+COMPILED_MODEL: Final = Group(
+    "model",
+    tuple(flag for flag in MODEL.flags if flag.name in ("model", "dtype", "mesh", "kernels")),
+)
+COMPILED_MEMORY: Final = Group(
+    "memory",
+    tuple(flag for flag in MEMORY.flags if flag.name not in ("prefix_cache", "prefix_scope")),
 )
 SAMPLING: Final = Group(
     "sampling",

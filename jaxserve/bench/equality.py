@@ -120,7 +120,10 @@ class EqualityCheck:
         return made
 
     def run(self, cell: Cell) -> int:
-        """Run one cell; returns the tokens compared. Raises AssertionError naming the first fault."""
+        """Run one cell; returns how many tokens were compared.
+
+        Raises AssertionError naming the first fault.
+        """
         made = self.tokens(cell)
         for request, wanted in zip(self._requests, self.expected, strict=True):
             got = made[request.request_id]

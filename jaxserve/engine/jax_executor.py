@@ -20,7 +20,6 @@ from jaxserve.engine.programs import EXTRAS, PAGE_COPIES, Programs, Progress
 from jaxserve.engine.slice_program import SliceOutput
 from jaxserve.kernels.sampling import PROMPT_FLAG
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.partition import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class JaxExecutor:
             dtype=dtype,
             kv_dtype=kv_dtype,
         )
-        self._weights = self._programs.order_weights(spread(mesh, config, weights))
+        self._weights = self._programs.take_weights(weights)
         self._state = self._programs.make_state()
         self._compiled: dict[Any, Any] = {}
         self._config, self._shape, self.buckets = config, shape, buckets
@@ -79,7 +78,8 @@ class JaxExecutor:
 
     def compile_all(self, progress: Progress, *, threads: int) -> None:
         """Compile every program, `threads` at a time."""
-        self._compiled = self._programs.compile_all(progress, threads=threads)
+        compiled = self._programs.compile_all(progress, threads=threads)
+        self._compiled = {each.program.key: each.call for each in compiled}
 
     @property
     def num_programs(self) -> int:

@@ -4,10 +4,12 @@ Serving compiles and runs them (jax_executor.py); `jaxserve compile` compiles th
 devices that are not there, from shapes alone. Knows no plan and holds no array.
 """
 
+import math
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -23,11 +25,19 @@ from jaxserve.kernels.backend import platform_of, resolve
 from jaxserve.kernels.kv_pages import copy_pages
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, Init
-from jaxserve.models.partition import TP, axes_spec, param_shardings, share_of, spread_config
+from jaxserve.models.partition import (
+    TP,
+    axes_spec,
+    param_shardings,
+    share_of,
+    spread,
+    spread_config,
+)
 
 Progress = Callable[[str], None]
 
 _EVERYWHERE: Any = PartitionSpec()
+_SIDE_BY_SIDE: Any = PartitionSpec(None, TP)
 _PAGES: Any = axes_spec("pages", "kv_heads")
 
 PAGE_COPIES, EXTRAS = "page copies", "sampling extras"
@@ -50,6 +60,15 @@ class Program:
     def compile(self) -> Any:
         """Trace, lower and compile it for the devices of its arguments."""
         return jax.jit(self.function, donate_argnums=self.donated).lower(*self.args).compile()
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A program, what calls it, and how long tracing and compiling took."""
+
+    program: Program
+    call: Any
+    seconds: float
 
 
 class Programs:
@@ -77,19 +96,34 @@ class Programs:
         self.mesh, self.shape, self.buckets = mesh, shape, buckets
         self.num_pages, self.page_size, self.dtype = num_pages, page_size, jnp.dtype(dtype)
         self.kv_dtype = kv_dtype or dtype
-        self.kernels = resolve(kernels, platform=platform_of(mesh.devices.flat[0]))
+        platform = platform_of(mesh.devices.flat[0])
+        self.kernels = resolve(kernels, platform=platform)
+        # Tiles on a TPU span the last two axes: from a projection of more, each program would first
+        # make a copy of two axes for its matrix unit, most of the weights again.
+        self._flat = platform == "tpu"
         self.state_specs, self.state = self._abstract_state()
-        self._graphdef, self.weights, self._weights_def = self._abstract_weights()
+        self._graphdef, self._weights_def, self._share_shapes = self._abstract_share()
+        self.weights = self._abstract_weights()
 
-    def _abstract_weights(self) -> tuple[nnx.GraphDef, list[jax.ShapeDtypeStruct], Any]:
-        """The share's decoder, and the shapes of all weights, as a list in its order."""
+    def _abstract_share(self) -> tuple[nnx.GraphDef, Any, list[tuple[int, ...]]]:
+        """One device's decoder: how it is put together from which weights, and their shapes."""
         axis = TP if self.mesh.size > 1 else None
-        share = share_of(self.config, self.mesh.size)
-        graphdef, state = nnx.split(self._decoder(share, axis))
-        whole = nnx.to_pure_dict(nnx.state(self._decoder(self.config)))
-        shapes = jax.tree.map(_shape, whole, param_shardings(self.mesh, whole))
-        nnx.replace_by_pure_dict(state, shapes)
-        return graphdef, *jax.tree.flatten(state)
+        graphdef, state = nnx.split(self._decoder(share_of(self.config, self.mesh.size), axis))
+        leaves, treedef = jax.tree.flatten(state)
+        return graphdef, treedef, [leaf.shape for leaf in leaves]
+
+    def _abstract_weights(self) -> list[jax.ShapeDtypeStruct]:
+        """The shapes of all weights, on all devices together, in the order of the decoder's."""
+        decoder = self._decoder(self.config)
+        params = nnx.to_pure_dict(nnx.state(decoder))
+        shapes = jax.tree.map(_shape, params, param_shardings(self.mesh, params))
+        weights = self._in_order(shapes)
+        return [_flat_shape(weight) for weight in weights] if self._flat else weights
+
+    def _in_order(self, params: Any) -> list[Any]:
+        _, state = nnx.split(self._decoder(self.config))
+        nnx.replace_by_pure_dict(state, params)
+        return jax.tree.leaves(state)
 
     def _decoder(self, config: ModelConfig, axis: str | None = None) -> Decoder:
         return nnx.eval_shape(lambda: Decoder(config, init=Init(self.dtype), axis=axis))
@@ -123,37 +157,42 @@ class Programs:
         """The state before the first slice, on the devices."""
         return jax.jit(self._zeros, out_shardings=jax.tree.map(_sharding, self.state))()
 
-    def order_weights(self, params: Any) -> list[jax.Array]:
-        """A nested dict of weights as the list that slice programs take."""
-        _, state = nnx.split(self._decoder(self.config))
-        nnx.replace_by_pure_dict(state, params)
-        return jax.tree.leaves(state)
+    def take_weights(self, params: Any) -> list[jax.Array]:
+        """A nested dict of the model's weights as the list that slice programs take.
+
+        They are spread over the mesh if they are not yet. On a TPU the fused projections among
+        `params` are used up.
+        """
+        weights = self._in_order(spread(self.mesh, self.config, params))
+        return [flatten_projection(weight) for weight in weights] if self._flat else weights
 
     def all(self) -> list[Program]:
         """Every program, the largest first."""
         slices = [self._slice(bucket) for bucket in reversed(self.buckets)]
         return [*slices, self._page_copies(), self._extras()]
 
-    def compile_all(self, progress: Progress, *, threads: int) -> dict[Hashable, Any]:
+    def compile_all(self, progress: Progress, *, threads: int) -> list[Compiled]:
         """Compile every program, `threads` at a time; tracing is serial, compiling is not."""
-        programs, compiled = self.all(), {}
+        programs, done = self.all(), []
         started_s = time.monotonic()
         with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
-            futures = {pool.submit(program.compile): program for program in programs}
-            for future in as_completed(futures):
-                program = futures[future]
-                compiled[program.key] = future.result()
-                seconds = time.monotonic() - started_s
-                progress(
-                    f"compiled {len(compiled)}/{len(programs)} ({program.name}) after"
-                    f" {seconds:.1f} s"
-                )
-        return compiled
+            futures = [pool.submit(_compiled, program) for program in programs]
+            try:
+                for future in as_completed(futures):
+                    done.append(future.result())
+                    seconds = time.monotonic() - started_s
+                    name = done[-1].program.name
+                    progress(f"compiled {len(done)}/{len(programs)} ({name}) after {seconds:.1f} s")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return done
 
     def _slice(self, bucket: Bucket) -> Program:
         slice_program = SliceProgram(
             decoder_def=self._graphdef,
             treedef=self._weights_def,
+            weight_shapes=self._share_shapes,
             bucket=bucket,
             shape=self.shape,
             eos_token_ids=self.config.eos_token_ids,
@@ -162,7 +201,7 @@ class Programs:
             loop_layers=self.kernels == "cpu",
             kernels=self.kernels,
         )
-        weight_specs = [weight.sharding.spec for weight in self.weights]
+        weight_specs = [_sharding(weight).spec for weight in self.weights]
         prompts = f" + {bucket.tiles * self.shape.tile} prompt tokens" * bool(bucket.tiles)
         return Program(
             bucket,
@@ -209,6 +248,40 @@ class Programs:
         """What the host hands to every device."""
         where = NamedSharding(self.mesh, _EVERYWHERE)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def flatten_projection(weight: Any) -> Any:
+    """A fused projection [D, ...] as each device's matrix [D, its outputs], side by side.
+
+    Uses it up; other weights are given back.
+    """
+    flat = _flat_shape(weight)
+    if flat.ndim == weight.ndim:
+        return weight
+    made = _flatten(weight.sharding.mesh, weight.sharding.spec)(weight)
+    weight.delete()
+    return made
+
+
+@cache
+def _flatten(mesh: Mesh, spec: PartitionSpec) -> Any:
+    def flatten(weight: jax.Array) -> jax.Array:
+        return weight.reshape(weight.shape[0], -1)
+
+    return jax.jit(jax.shard_map(flatten, mesh=mesh, in_specs=spec, out_specs=_SIDE_BY_SIDE))
+
+
+def _flat_shape(weight: Any) -> jax.ShapeDtypeStruct:
+    if weight.ndim < 3 or weight.sharding.spec[0] is not None:
+        return weight
+    width, *outputs = weight.shape
+    where = NamedSharding(weight.sharding.mesh, _SIDE_BY_SIDE)
+    return jax.ShapeDtypeStruct((width, math.prod(outputs)), weight.dtype, sharding=where)
+
+
+def _compiled(program: Program) -> Compiled:
+    started_s = time.monotonic()
+    return Compiled(program, program.compile(), time.monotonic() - started_s)
 
 
 def _shape(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -80,6 +80,7 @@ class SliceProgram:
 
     decoder_def: nnx.GraphDef
     treedef: Any  # of the weights
+    weight_shapes: list[tuple[int, ...]]  # of each, as the decoder wants it; they may come flat
     bucket: Bucket
     shape: BatchShape
     eos_token_ids: tuple[int, ...]
@@ -91,7 +92,10 @@ class SliceProgram:
     def __call__(
         self, weights: list[Array], state: DeviceState, buffer: Array
     ) -> tuple[DeviceState, SliceOutput]:
-        decoder = nnx.merge(self.decoder_def, jax.tree.unflatten(self.treedef, weights))
+        shaped = [
+            weight.reshape(shape) for weight, shape in zip(weights, self.weight_shapes, strict=True)
+        ]
+        decoder = nnx.merge(self.decoder_def, jax.tree.unflatten(self.treedef, shaped))
         rows = _Rows(self, buffer, state)
         loop = rows.first(state)
         if self.bucket.tiles:
