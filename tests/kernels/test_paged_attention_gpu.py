@@ -1,0 +1,307 @@
+"""The GPU kernels, interpreted, against a float64 loop over queries; and lowered for CUDA."""
+
+import itertools
+import warnings
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.kernels import paged_attention_gpu
+from jaxserve.kernels.block_sizes import DecodeBlocks, GpuBlocks, TileBlocks
+from jaxserve.kernels.kv_pages import RowPages
+
+# Small enough that short rows have several pieces, several steps each, and tiles several programs.
+SMALL = GpuBlocks(
+    DecodeBlocks(step_keys=16, piece_keys=32, most_pieces=4, programs=5, num_warps=4, num_stages=2),
+    TileBlocks(step_keys=16, rows=16, num_warps=4, num_stages=2),
+)
+K = 2
+OPTIONS = dict(
+    Q=(1, 16),
+    C=(64, 80, 96, 128, 256),
+    S=(16, 32, 64, 128),
+    stored=("float32", "bfloat16", "int8", "float8_e4m3fn"),
+    G=(1, 4, 7),
+    window=(None, 50),
+    soft_cap=(None, 5.0),
+)
+# Every pair of values of two options occurs in one of these.
+PAIRWISE = (
+    (1, 96, 128, "float32", 1, 50, None),
+    (16, 80, 16, "bfloat16", 7, None, 5.0),
+    (1, 64, 64, "float8_e4m3fn", 4, None, None),
+    (16, 128, 32, "float8_e4m3fn", 1, 50, 5.0),
+    (16, 256, 16, "int8", 4, 50, None),
+    (1, 128, 128, "int8", 7, None, 5.0),
+    (1, 256, 32, "bfloat16", 7, 50, None),
+    (16, 96, 64, "float32", 7, 50, 5.0),
+    (1, 80, 32, "float32", 4, None, 5.0),
+    (16, 64, 128, "bfloat16", 1, 50, 5.0),
+    (16, 80, 64, "int8", 1, 50, None),
+    (16, 256, 128, "float8_e4m3fn", 1, None, 5.0),
+    (1, 96, 16, "float8_e4m3fn", 1, None, 5.0),
+    (1, 128, 64, "bfloat16", 4, None, 5.0),
+    (16, 128, 16, "float32", 7, 50, None),
+    (1, 96, 32, "int8", 4, 50, None),
+    (16, 80, 128, "float8_e4m3fn", 7, None, 5.0),
+    (1, 64, 32, "int8", 7, None, None),
+    (1, 256, 64, "float32", 1, None, None),
+    (16, 96, 128, "bfloat16", 4, 50, None),
+    (1, 64, 16, "float32", 7, None, None),
+)
+EVERYTHING = tuple(itertools.product(*OPTIONS.values()))
+
+
+class Batch:
+    """Random queries and pages; slots that no row may read hold NaN, or extreme bytes."""
+
+    def __init__(self, seed, lengths, *, Q=1, C=32, S=16, stored="float32", G=3, P=6, window=None):
+        rng = np.random.default_rng(seed)
+        B = len(lengths)
+        N = B * P + 3
+        self.C, self.S, self.window = C, S, window
+        self.len_B = np.array(lengths, np.int32)
+        self.start_B = np.maximum(self.len_B - Q, 0).astype(np.int32)
+        self.table_BP = rng.permutation(N)[: B * P].reshape(B, P).astype(np.int32)
+        wide = np.float32 if stored == "float32" else jnp.bfloat16
+        self.q_BQHC = rng.standard_normal((B, Q, K * G, C)).astype(wide)
+        kv_NKSD = rng.standard_normal((N, K, S, 2 * C))
+        scale_NKZ = None
+        if jnp.dtype(stored).itemsize == 1:
+            kv_NKSD = np.round(kv_NKSD * 30)
+            scale_NKZ = rng.uniform(0.01, 0.05, (N, K, 2 * S)).astype(np.float32)
+        self.kv_NKSD = kv_NKSD.astype(stored)
+        self.scale_NKZ = scale_NKZ
+        unread_NS = ~self.read_NS()
+        self.kv_NKSD.transpose(0, 2, 1, 3)[unread_NS] = -128 if stored == "int8" else np.nan
+        if scale_NKZ is not None:
+            scale_NKZ.reshape(N, K, 2, S).transpose(0, 3, 1, 2)[unread_NS] = np.nan
+
+    def read_NS(self):
+        """Which slots some row may read."""
+        read_NS = np.zeros((len(self.kv_NKSD), self.S), bool)
+        for row, length, start in zip(self.table_BP, self.len_B, self.start_B, strict=True):
+            last = min(start, length - 1)
+            first = 0 if self.window is None else max(0, last + 1 - self.window)
+            for t in range(first, length):
+                read_NS[row[t // self.S], t % self.S] = True
+        return read_NS
+
+    def operands(self, rows=slice(None), *, table_BP=None):
+        table_BP = self.table_BP if table_BP is None else table_BP
+        pages = RowPages(
+            jnp.asarray(self.kv_NKSD),
+            None if self.scale_NKZ is None else jnp.asarray(self.scale_NKZ),
+        )
+        rest = (table_BP[rows], self.len_B[rows], self.start_B[rows])
+        return jnp.asarray(self.q_BQHC[rows]), pages, *map(jnp.asarray, rest)
+
+    def reference(self, *, soft_cap=None, scale=None):
+        """Attention in float64, one query and head at a time; NaN for padding queries."""
+        B, Q, H, C = self.q_BQHC.shape
+        q_BQHC = self.q_BQHC.astype(np.float64)
+        kv_NKSD = self.kv_NKSD.astype(np.float64)
+        if self.scale_NKZ is not None:
+            scales = np.repeat(np.split(self.scale_NKZ, 2, axis=2), C, axis=0)
+            kv_NKSD = kv_NKSD * scales.transpose(1, 2, 3, 0)
+        out_BQHC = np.full(q_BQHC.shape, np.nan)
+        for b, i in itertools.product(range(B), range(Q)):
+            last = self.start_B[b] + i
+            if self.len_B[b] == 0:
+                out_BQHC[b] = 0
+            if last >= self.len_B[b]:
+                continue
+            first = 0 if self.window is None else max(0, last + 1 - self.window)
+            t = np.arange(first, last + 1)
+            rows_TKD = kv_NKSD[self.table_BP[b, t // self.S], :, t % self.S]
+            for h in range(H):
+                k_TC, v_TC = np.split(rows_TKD[:, h * K // H], 2, axis=1)
+                s_T = k_TC @ q_BQHC[b, i, h] * (C**-0.5 if scale is None else scale)
+                if soft_cap is not None:
+                    s_T = soft_cap * np.tanh(s_T / soft_cap)
+                e_T = np.exp(s_T - s_T.max())
+                out_BQHC[b, i, h] = e_T / e_T.sum() @ v_TC
+        return out_BQHC
+
+
+@cache
+def attend(window=None, soft_cap=None, scale=None):
+    return jax.jit(
+        partial(
+            paged_attention_gpu.attend,
+            **dict(window=window, soft_cap=soft_cap, scale=scale, interpret=True, blocks=SMALL),
+        )
+    )
+
+
+def worst_error(got_BQHC, want_BQHC):
+    """The largest error of a row over its largest number; padding queries must be finite only."""
+    got_BQHC = np.asarray(got_BQHC, np.float64)
+    assert np.isfinite(got_BQHC).all()
+    valid_BQHC = np.isfinite(want_BQHC)
+    error_B = np.abs(np.where(valid_BQHC, got_BQHC - want_BQHC, 0)).max((1, 2, 3))
+    size_B = np.abs(np.where(valid_BQHC, want_BQHC, 0)).max((1, 2, 3))
+    assert (error_B[size_B == 0] == 0).all()
+    return (error_B / np.where(size_B > 0, size_B, 1)).max()
+
+
+def check(Q, C, S, stored, G, window, soft_cap):
+    P = max(2, 160 // S)
+    lengths = [0, 1, S, min(2 * S + 5, P * S), P * S]
+    batch = Batch(C + S, lengths, Q=Q, C=C, S=S, stored=stored, G=G, P=P, window=window)
+    got = attend(window, soft_cap)(*batch.operands())
+    limit = 1e-5 if stored == "float32" else 1e-2
+    assert worst_error(got, batch.reference(soft_cap=soft_cap)) <= limit
+
+
+def test_every_pair_of_options_is_chosen():
+    for (i, one), (j, other) in itertools.combinations(enumerate(OPTIONS.values()), 2):
+        chosen = {(case[i], case[j]) for case in PAIRWISE}
+        assert chosen >= set(itertools.product(one, other)), (i, j)
+
+
+@pytest.mark.parametrize("options", PAIRWISE, ids=str)
+def test_options_agree_with_float64(options):
+    check(*options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", EVERYTHING, ids=str)
+def test_all_options_agree_with_float64(options):
+    check(*options)
+
+
+@pytest.mark.parametrize("Q", [1, 5])
+@pytest.mark.parametrize("window", [None, 21])
+@settings(max_examples=6)
+@given(seed=st.integers(0, 999), lengths=st.lists(st.integers(0, 96), min_size=5, max_size=5))
+def test_ragged_batches_agree_with_float64(Q, window, seed, lengths):
+    batch = Batch(seed, lengths, Q=Q, window=window)
+    assert worst_error(attend(window)(*batch.operands()), batch.reference()) <= 1e-5
+
+
+def test_blocks_may_begin_anywhere_in_their_row_and_end_past_it():
+    batch = Batch(1, [40, 10, 3, 96, 0], Q=16)
+    batch.start_B[:] = [7, 8, 0, 16, 0]
+    assert worst_error(attend()(*batch.operands()), batch.reference()) <= 1e-5
+
+
+@pytest.mark.parametrize("Q", [1, 5])
+def test_float32_queries_keep_their_digits_over_narrow_pages_at_any_scale(Q):
+    batch = Batch(3, [33, 96], Q=Q, stored="bfloat16")
+    batch.q_BQHC = np.random.default_rng(0).standard_normal(batch.q_BQHC.shape, np.float32)
+    got = attend(scale=0.3)(*batch.operands())
+    assert worst_error(got, batch.reference(scale=0.3)) <= 1e-5
+
+
+@pytest.mark.parametrize("Q", [1, 5])
+def test_a_permuted_page_id_is_seen(Q):
+    batch = Batch(4, [96] * 5, Q=Q)
+    right, want = attend()(*batch.operands()), batch.reference()
+    wrong_BP = batch.table_BP.copy()
+    wrong_BP[2, [1, 4]] = wrong_BP[2, [4, 2]]
+    wrong = attend()(*batch.operands(table_BP=wrong_BP))
+    changed_B = np.asarray(right != wrong).any(axis=(1, 2, 3))
+    np.testing.assert_array_equal(changed_B, np.arange(5) == 2)
+    assert worst_error(wrong, want) > 1e-2
+
+
+@pytest.mark.parametrize("Q", [1, 5])
+@pytest.mark.parametrize("S", [8, 32])
+def test_page_ids_outside_the_pool_are_clamped_and_those_past_the_length_unused(Q, S):
+    batch = Batch(5, [20, 33, 48], Q=Q, S=S)
+    batch.table_BP[1, :2] = [0, len(batch.kv_NKSD) - 1]
+    batch.kv_NKSD = np.nan_to_num(batch.kv_NKSD)
+    used_BP = np.arange(6) * S < batch.len_B[:, None]
+    wild_BP = np.where(used_BP, batch.table_BP, [[2**31 - 1, -(2**31), -1] * 2])
+    wild_BP[1, :2] = [-7, len(batch.kv_NKSD)]
+    wild = attend()(*batch.operands(table_BP=wild_BP.astype(np.int32)))
+    np.testing.assert_array_equal(wild, attend()(*batch.operands()))
+
+
+@pytest.mark.parametrize("Q", [1, 5])
+def test_a_row_has_the_same_bits_in_any_batch_and_any_table(Q):
+    batch = Batch(6, [7, 96, 33, 0, 64], Q=Q)
+    together = attend()(*batch.operands())
+    padding_BP = np.zeros((5, 10), np.int32)
+    wide_BP = np.concatenate([batch.table_BP, padding_BP], axis=1)
+    np.testing.assert_array_equal(attend()(*batch.operands(table_BP=wide_BP)), together)
+    for b in (0, 1, 4):
+        alone = attend()(*batch.operands(slice(b, b + 1)))
+        np.testing.assert_array_equal(alone[0], together[b])
+
+
+def test_sizes_without_a_kernel_are_refused_with_those_that_have_one():
+    fits = dict(head_dim=128, page_size=64, dtype="bfloat16", group=4)
+    reason = paged_attention_gpu.unsupported
+    assert reason(**fits) is None
+    assert "got 72; allowed: multiples of 16" in str(reason(**{**fits, "head_dim": 72}))
+    assert "got 48; allowed: powers of two" in str(reason(**{**fits, "page_size": 48}))
+    assert "got float16; allowed: float32, bfloat16" in str(reason(**{**fits, "dtype": "float16"}))
+    assert "got 129; allowed: 1 to 128" in str(reason(**{**fits, "group": 129}))
+    with pytest.raises(ValueError, match="head_dim: got 72"):
+        attend()(*Batch(7, [4], C=72).operands())
+
+
+def test_a_pool_whose_offsets_overflow_is_refused():
+    with pytest.raises(ValueError, match="got a pool of 3.0 GiB of int8; allowed: less than 2 GiB"):
+        lowered_for_cuda(1, 128, 64, "int8", 4, None, None, N=3 * 2**30 // (8 * 64 * 256))
+
+
+# -- For CUDA, without a GPU ---------------------------------------------------------------------
+
+
+def lowered_for_cuda(Q, C, S, stored, G, window, soft_cap, *, N=1024):
+    """The program as text, lowered with the default block sizes for a real size of batch."""
+    shape = jax.ShapeDtypeStruct
+    B, heads, P = 64, 8, 256
+    narrow = jnp.dtype(stored).itemsize == 1
+    pages = RowPages(
+        shape((N, heads, S, 2 * C), stored),
+        shape((N, heads, 2 * S), jnp.float32) if narrow else None,
+    )
+    wide = jnp.float32 if stored == "float32" else jnp.bfloat16
+    operands = (
+        shape((B, Q, heads * G, C), wide),
+        pages,
+        shape((B, P), jnp.int32),
+        shape((B,), jnp.int32),
+        shape((B,), jnp.int32),
+    )
+    function = jax.jit(
+        partial(paged_attention_gpu.attend, window=window, soft_cap=soft_cap, scale=None)
+    )
+    return lower_for_cuda(function, *operands)
+
+
+def lower_for_cuda(function, *operands):
+    """Releases after 0.10 want to be told of a GPU, and warn that the lowering is deprecated."""
+    target = "__gpu$xla.gpu.triton"
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(target)]
+    gpu = jax.sharding.AbstractDevice("NVIDIA H200", None, "gpu")  # pyright: ignore
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh):
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        export = jax.export.export(function, platforms=["cuda"], disabled_checks=unchecked)
+        return export(*operands).mlir_module()
+
+
+def check_lowered(Q, *options):
+    calls = lowered_for_cuda(Q, *options).count("custom_call @__gpu$xla.gpu.triton")
+    assert calls == (2 if Q == 1 else 1)  # attention and, for decode, the join
+
+
+@pytest.mark.parametrize("options", PAIRWISE, ids=str)
+def test_options_lower_for_cuda(options):
+    check_lowered(*options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", EVERYTHING, ids=str)
+def test_all_options_lower_for_cuda(options):
+    check_lowered(*options)
