@@ -265,3 +265,69 @@ def test_rows_without_whole_lanes_are_refused():
 def test_what_has_no_kernel_is_named(more, answer):
     why = unsupported(**(dict(head_dim=128, page_size=16, dtype="bfloat16", group=4) | more))
     assert why is None if answer is None else why and answer in why
+
+
+# -- Compiled for TPUs that are not there ---------------------------------------------------------
+
+KINDS = {"v5e:2x2": "TPU v5 lite", "v6e:2x2": "TPU v6 lite", "v5p:2x2x1": "TPU v5"}
+FEW_COMPILED = dict(
+    topology=list(KINDS),
+    dtype=["bfloat16", "int8", "float32", "float8_e4m3fn"],
+    C=[128, 64, 80],
+    S=[64, 16],
+    G=[4, 1],
+    Q=[1, 16],
+    window=[None, 4096],
+    soft_cap=[None, 30.0],
+)
+ALL_COMPILED = FEW_COMPILED | dict(
+    C=[16, 48, 64, 80, 96, 128, 160, 256], S=[16, 32, 64, 128], G=[1, 4, 8], Q=[1, 16, 128]
+)
+ROWS = dict(B=16, P=64)
+
+
+def compiles_there(case: dict[str, Any]) -> bool:
+    return is_supported(case | dict(kind=KINDS[case["topology"]]))
+
+
+def assert_compile(cases: list[dict[str, Any]], rows: dict[str, int]) -> None:
+    script = Path(__file__).with_name("compile_for_tpu.py")
+    given = "\n".join(json.dumps(case | rows) for case in cases)
+    done = subprocess.run([sys.executable, script], input=given, capture_output=True, text=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(cases), done.stderr[-2000:]
+    for case, answer in zip(cases, answers, strict=True):
+        tokens = rows["B"] * rows["P"] * case["S"]
+        query_bytes = rows["B"] * case["Q"] * 2 * case["G"] * row_lanes(case["C"]) * 4
+        assert "error" not in answer, (case, answer["error"])
+        assert answer["mosaic"], case
+        assert answer["temporary"] <= 8 * query_bytes + 2**20, (case, answer)
+        assert answer["flops"] >= 4 * tokens * 2 * case["G"] * case["Q"] * case["C"], (case, answer)
+        assert answer["bytes"] >= tokens * 4 * case["C"] * jnp.dtype(case["dtype"]).itemsize, case
+
+
+needs_libtpu = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="needs the TPU compiler; try pip install 'jaxserve[tpu]'"
+)
+
+
+@needs_libtpu
+def test_every_two_options_together_compile_for_tpus():
+    assert_compile(pairwise(FEW_COMPILED, compiles_there), ROWS)
+
+
+@needs_libtpu
+def test_a_table_beyond_scalar_memory_compiles():
+    case = dict(topology="v5e:2x2", dtype="bfloat16", C=128, S=16, G=4, Q=1)
+    assert_compile([case | dict(window=None, soft_cap=None)], dict(B=256, P=2048))
+
+
+@needs_libtpu
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("topology", KINDS)
+def test_all_options_compile_for_tpus(topology: str):
+    options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0])
+    names = list(options)
+    cases = [dict(zip(names, c, strict=True)) for c in itertools.product(*options.values())]
+    assert_compile([case for case in cases if compiles_there(case)], ROWS)
