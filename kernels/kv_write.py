@@ -68,8 +68,8 @@ def _scatter(pages: KvPages, k_TKC, v_TKC, page_T, slot_T) -> KvPages:
 
 
 def _scatter_rows(pages: RowPages, k_TKC, v_TKC, page_T, slot_T) -> RowPages:
-    # With an index for the kv head too: XLA would rather have the heads of a slot side by side, and
-    # for a scatter of all heads at once it copies the whole pool to another layout and back on a TPU.
+    # With an index for the kv head too: for a scatter of all heads at once XLA wants the heads of a
+    # slot side by side, and on a TPU copies the whole pool to that layout and back.
     at_T1, head_1K, slot_T1 = page_T[:, None], jnp.arange(k_TKC.shape[1])[None], slot_T[:, None]
     scale_NKZ = pages.scale_NKZ
     if scale_NKZ is not None:
