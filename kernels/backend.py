@@ -69,9 +69,3 @@ def target_platform() -> str:
 def platform_of(device: Any) -> str:
     """The platform of a device, real or abstract: cpu, gpu or tpu."""
     return _SPELLINGS.get(device.platform, device.platform)
-
-
-def target_kind() -> str:
-    """The kind of device that what is traced now will run on, such as `TPU v5 lite`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind

@@ -4,7 +4,7 @@ Knows the layouts; does not know which page belongs to whom (that is `schedulers
 written (`kv_write`) nor how they are attended to (`paged_attention`).
 
 Dimension key: K kv heads  C channels per head  N pages in the pool  S slots per page
-M pages named in one call  D = 2C  Z = 2S
+M pages named in one call  D >= 2C  Z = 2S
 
 `KvPages` is the CPU's layout: keys are stored transposed, [N, K, C, S], values as they come,
 [N, K, S, C]. So in both products of attention the axis that is *not* summed is the contiguous one,
@@ -41,14 +41,23 @@ class KvPages(NamedTuple):
     def page_size(self) -> int:
         return self.v_NKSC.shape[2]
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.v_NKSC.shape[1]
+
+    @property
+    def most_channels(self) -> int:
+        return self.v_NKSC.shape[3]
+
 
 class RowPages(NamedTuple):
     """The pages of one layer as GPU and TPU kernels read them: a token's key and value in one row.
 
-    Dimension key: D = 2C, keys in 0..C-1 and values in C..2C-1  Z = 2S, scales of keys, then of
-    values. One copy moves keys and values, and on a TPU, whose rows have 128 lanes, heads of 64
-    channels waste nothing. `scale_NKZ` (float32) is there for int8 and fp8 pages only: a stored
-    number times its token's and head's scale is what was written.
+    Dimension key: D = 2C, keys in 0..C-1 and values in C..2C-1, or more where rows fill whole
+    lanes  Z = 2S, scales of keys, then of values. One copy moves keys and values, and on a TPU,
+    whose rows have 128 lanes, heads of 64 channels waste nothing. `scale_NKZ` (float32) is there
+    for int8 and fp8 pages only: a stored number times its token's and head's scale is what was
+    written.
     """
 
     kv_NKSD: jax.Array
@@ -62,9 +71,18 @@ class RowPages(NamedTuple):
     def page_size(self) -> int:
         return self.kv_NKSD.shape[2]
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_NKSD.shape[1]
+
+    @property
+    def most_channels(self) -> int:
+        """The largest head that a row has room for."""
+        return self.kv_NKSD.shape[3] // 2
+
 
 Pages = KvPages | RowPages
-_AnyPages = TypeVar("_AnyPages", KvPages, RowPages)
+_AnyPages = TypeVar("_AnyPages", bound=Pages)
 
 
 def init_pages(
@@ -89,13 +107,28 @@ def init_pages(
 
 
 def init_row_pages(
-    num_pages: int, *, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    num_pages: int,
+    *,
+    page_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike = jnp.float32,
+    lanes: int = 1,
 ) -> RowPages:
-    """Return zeroed row pages for one layer, with scales of 1 where `dtype` is quantised."""
+    """Return zeroed row pages for one layer, with scales of 1 where `dtype` is quantised.
+
+    A row is rounded up to a multiple of `lanes` numbers: 128 on a TPU, which would pad it anyway.
+    """
     scale_NKZ = None
     if quant.is_quantised(dtype):
         scale_NKZ = jnp.ones((num_pages, kv_heads, 2 * page_size), jnp.float32)
-    return RowPages(jnp.zeros((num_pages, kv_heads, page_size, 2 * head_dim), dtype), scale_NKZ)
+    row = -(-2 * head_dim // lanes) * lanes
+    return RowPages(jnp.zeros((num_pages, kv_heads, page_size, row), dtype), scale_NKZ)
+
+
+def page_bytes(pages: Pages) -> int:
+    """Bytes that one page of one layer takes, scales and filled lanes included. Shapes will do."""
+    return sum(x.size // x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(pages))
 
 
 def copy_pages(pages: _AnyPages, src_M: Int[Array, " M"], dst_M: Int[Array, " M"]) -> _AnyPages:
@@ -113,17 +146,19 @@ def copy_pages(pages: _AnyPages, src_M: Int[Array, " M"], dst_M: Int[Array, " M"
 
 
 def read_pages(
-    pages: Pages, page_M: Int[Array, " M"]
+    pages: Pages, page_M: Int[Array, " M"], *, head_dim: int
 ) -> tuple[Float[Array, "M S K C"], Float[Array, "M S K C"]]:
     """Return the keys and values of some pages in token order, whatever the stored layout.
 
-    Quantised pages come back as float32, the others as the type they are stored in.
+    `head_dim` is C, which `RowPages` do not know. Quantised pages come back as float32, the others
+    as the type they are stored in.
     """
     if isinstance(pages, KvPages):
         k_MKCS = pages.k_NKCS.at[page_M].get(mode="clip")
         v_MKSC = pages.v_NKSC.at[page_M].get(mode="clip")
         return k_MKCS.transpose(0, 3, 1, 2), v_MKSC.transpose(0, 2, 1, 3)
-    k_MKSC, v_MKSC = jnp.split(pages.kv_NKSD.at[page_M].get(mode="clip"), 2, axis=-1)
+    kv_MKSD = pages.kv_NKSD.at[page_M].get(mode="clip")
+    k_MKSC, v_MKSC = jnp.split(kv_MKSD[..., : 2 * head_dim], 2, axis=-1)
     if pages.scale_NKZ is not None:
         k_MKS, v_MKS = jnp.split(pages.scale_NKZ.at[page_M].get(mode="clip"), 2, axis=-1)
         k_MKSC, v_MKSC = quant.dequantise(k_MKSC, k_MKS), quant.dequantise(v_MKSC, v_MKS)

@@ -4,7 +4,7 @@ Knows one layer's pages and a batch of tokens; knows no row, slice or scheduler.
 serves decode rows (one token each) and prompt chunks.
 
 Dimension key: T tokens  K kv heads  C channels per head  N pages in the pool  S slots per page
-D = 2C  Z = 2S
+D >= 2C  Z = 2S
 
 On a GPU a Pallas kernel writes through aliased buffers (kv_write_gpu.py). Everywhere else it is
 XLA's scatter, which works in place where the pages are donated or carried by a loop: a token moves
@@ -47,9 +47,9 @@ def write_kv(
             slot_T,
             interpret=backends.is_interpreted(backend),
         )
-    scatter = _scatter_rows if isinstance(pages, RowPages) else _scatter
     # Unsigned, or a page id of -1 would count from the end of the pool as Python does.
-    return scatter(pages, k_TKC, v_TKC, page_T.astype(jnp.uint32), slot_T)
+    new = k_TKC, v_TKC, page_T.astype(jnp.uint32), slot_T
+    return _scatter(pages, *new) if isinstance(pages, KvPages) else _scatter_rows(pages, *new)
 
 
 def implementation(backend: str) -> str:
@@ -68,8 +68,8 @@ def _scatter(pages: KvPages, k_TKC, v_TKC, page_T, slot_T) -> KvPages:
 
 
 def _scatter_rows(pages: RowPages, k_TKC, v_TKC, page_T, slot_T) -> RowPages:
-    # With an index for the kv head too: for a scatter of all heads at once XLA wants the heads of a
-    # slot side by side, and on a TPU copies the whole pool to that layout and back.
+    # With an index for the kv head too: XLA would rather have the heads of a slot side by side,
+    # and for a scatter of all heads at once it copies the whole pool to that layout and back (TPU).
     at_T1, head_1K, slot_T1 = page_T[:, None], jnp.arange(k_TKC.shape[1])[None], slot_T[:, None]
     scale_NKZ = pages.scale_NKZ
     if scale_NKZ is not None:
@@ -80,6 +80,8 @@ def _scatter_rows(pages: RowPages, k_TKC, v_TKC, page_T, slot_T) -> RowPages:
                 scale_TK, mode="drop", unique_indices=True
             )
     kv_TKD = jnp.concatenate([k_TKC, v_TKC], axis=-1).astype(pages.kv_NKSD.dtype)
+    unused = pages.kv_NKSD.shape[-1] - kv_TKD.shape[-1]
+    kv_TKD = jnp.pad(kv_TKD, ((0, 0), (0, 0), (0, unused)))
     kv_NKSD = pages.kv_NKSD.at[at_T1, head_1K, slot_T1].set(
         kv_TKD, mode="drop", unique_indices=True
     )

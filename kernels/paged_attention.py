@@ -71,11 +71,11 @@ def paged_attention(
     Raises ValueError when sizes disagree, the backend is unknown or does not read such pages.
     Source: Kwon et al. 2023 (PagedAttention); the running softmax is Milakov and Gimelshein 2018.
     """
-    N, K, C = _sizes(pages)
-    H = q_BQHC.shape[2]
-    if q_BQHC.shape[3] != C or H % K:
+    H, C = q_BQHC.shape[2:]
+    K, most = pages.num_kv_heads, pages.most_channels
+    if H % K or (C > most if isinstance(pages, RowPages) else C != most):
         raise ValueError(
-            f"pages hold {K} kv heads of {C} channels, got {H} query heads of {q_BQHC.shape[3]};"
+            f"pages hold {K} kv heads of {most} channels, got {H} query heads of {C};"
             " heads must be a multiple of the kv heads, and channels equal"
         )
     name = backends.resolve(backend)
@@ -161,10 +161,10 @@ def paged_attention_reference(
     operands give a float64 answer.
     """
     xp = jnp if isinstance(q_BQHC, jax.Array) else np
-    N, K, C = _sizes(pages)
-    B, Q, H, _ = q_BQHC.shape
+    K = pages.num_kv_heads
+    B, Q, H, C = q_BQHC.shape
     acc = np.result_type(q_BQHC.dtype, np.float32)
-    chunk = _read(pages, xp.clip(table_BP, 0, N - 1), acc)
+    chunk = _read(pages, xp.clip(table_BP, 0, pages.num_pages - 1), C, acc)
     T = table_BP.shape[1] * pages.page_size
     k_BKCT = chunk.k_XRKCS.transpose(0, 2, 3, 1, 4).reshape(B, K, C, T)
     v_BKTC = chunk.v_XRKSC.transpose(0, 2, 1, 3, 4).reshape(B, K, T, C)
@@ -207,7 +207,7 @@ class _Chunk(NamedTuple):
     v_scale_XRKS: Any
 
 
-def _read(pages: Pages, id_XR: Any, dtype: Any) -> _Chunk:
+def _read(pages: Pages, id_XR: Any, C: int, dtype: Any) -> _Chunk:
     """Pages by id, for numpy or jax arrays, as stored but in `dtype`. Ids outside are clipped."""
 
     def at(pool: Any) -> Any:
@@ -217,21 +217,12 @@ def _read(pages: Pages, id_XR: Any, dtype: Any) -> _Chunk:
         k_XRKCS, v_XRKSC = at(pages.k_NKCS).astype(dtype), at(pages.v_NKSC).astype(dtype)
         return _Chunk(k_XRKCS, v_XRKSC, None, None)
     kv_XRKSD = at(pages.kv_NKSD).astype(dtype)
-    C, S = kv_XRKSD.shape[-1] // 2, pages.page_size
-    k_XRKCS, v_XRKSC = kv_XRKSD[..., :C].swapaxes(-1, -2), kv_XRKSD[..., C:]
+    S = pages.page_size
+    k_XRKCS, v_XRKSC = kv_XRKSD[..., :C].swapaxes(-1, -2), kv_XRKSD[..., C : 2 * C]
     if pages.scale_NKZ is None:
         return _Chunk(k_XRKCS, v_XRKSC, None, None)
     scale_XRKZ = at(pages.scale_NKZ).astype(dtype)
     return _Chunk(k_XRKCS, v_XRKSC, scale_XRKZ[..., :S], scale_XRKZ[..., S:])
-
-
-def _sizes(pages: Pages) -> tuple[int, int, int]:
-    """N, K and C."""
-    if isinstance(pages, KvPages):
-        N, K, C, _ = pages.k_NKCS.shape
-        return N, K, C
-    N, K, _, D = pages.kv_NKSD.shape
-    return N, K, D // 2
 
 
 # -- Block path: any platform, any number of queries --------------------------------------------
@@ -250,7 +241,7 @@ def _attend_blocks(
 ):
     """Groups of blocks in turn; in each, a running softmax over chunks of pages."""
     B, Q, H, C = q_BQHC.shape
-    _, K, _ = _sizes(pages)
+    K = pages.num_kv_heads
     on_cpu = backends.target_platform() == "cpu"
     X = min(B, _GROUP_BLOCKS) if on_cpu else B
     R = max(1, min(table_BP.shape[1], _CHUNK_TOKENS // pages.page_size))
@@ -304,7 +295,9 @@ def _attend_group(
     def chunk(j, carry):
         m_XKM1, l_XKM1, o_XKMC = carry
         id_XR = lax.dynamic_slice_in_dim(table_XP, j * R, R, axis=1)
-        k_XRKCS, v_XRKSC, k_scale_XRKS, v_scale_XRKS = _read(pages, id_XR, jnp.float32)
+        k_XRKCS, v_XRKSC, k_scale_XRKS, v_scale_XRKS = _read(
+            pages, id_XR, q_XKMC.shape[-1], jnp.float32
+        )
         at_RS = j * R * S + jnp.arange(R * S, dtype=jnp.int32).reshape(R, S)
         visible_XMRS = at_RS[None, None] <= last_XM[:, :, None, None]
         if window is not None:

@@ -98,7 +98,8 @@ def unsupported(
         return f"dtype: got {dtype}; allowed: float32, bfloat16, int8, float8_e4m3fn"
     allowed = PAGE_SIZES if dtype.itemsize > 1 else PAGE_SIZES[2:]
     if page_size not in allowed:
-        return f"page_size: got {page_size}; allowed for {dtype} pages on a TPU: {allowed}"
+        sizes = ", ".join(map(str, allowed))
+        return f"page_size: got {page_size}; allowed for {dtype} pages on a TPU: {sizes}"
     if dtype == jnp.float8_e4m3fn and device_kind not in (None, *_FLOAT8_KINDS):
         return f"dtype: got {dtype}; {device_kind} has no such type; allowed: bfloat16, int8"
     return None
@@ -306,12 +307,15 @@ def _kernel(x: _Shapes, *refs: Any) -> None:
 
 def _page_range(x: _Shapes, r: _Refs, b: Any) -> tuple[Any, Any]:
     """The pages of row b that hold a visible token: the first, and the one after the last."""
-    len_ = jnp.minimum(r.len_B[b], x.P * x.S)
-    end = jnp.minimum(len_, r.start_B[b] + x.Q)
+    end = jnp.minimum(_length(x, r, b), r.start_B[b] + x.Q)
     if x.options.window is None:
         return 0, pl.cdiv(end, x.S)
-    first = jnp.minimum(r.start_B[b], len_ - 1) + 1 - x.options.window
+    first = jnp.minimum(r.start_B[b], _length(x, r, b) - 1) + 1 - x.options.window
     return jnp.maximum(first, 0) // x.S, pl.cdiv(end, x.S)
+
+
+def _length(x: _Shapes, r: _Refs, b: Any) -> Any:
+    return jnp.minimum(r.len_B[b], x.P * x.S)  # nothing is read past the end of the table
 
 
 def _num_blocks(x: _Shapes, r: _Refs, b: Any) -> Any:
@@ -372,7 +376,7 @@ def _block(x: _Shapes, r: _Refs, b: Any, j: Any, _: None) -> None:
     _copies(x, r, b, j, slot, lambda copy: copy.wait())
 
     at = (_page_range(x, r, b)[0] + j * (x.T // x.S)) * x.S  # position of the block's first token
-    last = r.len_B[b] - 1 - at  # counted from there, as everything below
+    last = _length(x, r, b) - 1 - at  # counted from there, as everything below
     held = jnp.minimum(last + 1, r.start_B[b] + x.Q - at)
 
     @pl.when(held < x.T)

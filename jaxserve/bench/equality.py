@@ -62,7 +62,15 @@ class Grid:
 class EqualityCheck:
     """Compiles one executor and runs every cell on it."""
 
-    def __init__(self, grid: Grid, *, seed: int = 0, kernels: str = "auto", mesh: str = "tp=1"):
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        seed: int = 0,
+        kernels: str = "auto",
+        mesh: str = "tp=1",
+        kv_dtype: str = "float32",
+    ):
         self._grid = grid
         source = parse_source(grid.model)
         self._config = load_model_config(source)
@@ -89,6 +97,7 @@ class EqualityCheck:
             page_size=PAGE_SIZE,
             kernels=kernels,
             dtype="float32",
+            kv_dtype=kv_dtype,
         )
         self._executor.compile_all(lambda _: None, threads=2)
         self.expected = FullRecompute(self._config, weights, length=longest).generate(
@@ -97,15 +106,25 @@ class EqualityCheck:
             [sample_seed(request.params.seed or 0, 0) for request in self._requests],
         )
 
-    def run(self, cell: Cell) -> int:
-        """Run one cell; returns the tokens compared. Raises AssertionError naming the first fault.
+    def tokens(self, cell: Cell) -> dict[str, list[int]]:
+        """Run one cell; returns the tokens of each request.
 
-        A prefix hit means that all requests ran before and their pages are still cached.
+        A prefix hit means that all requests ran before and their pages are still cached. Raises
+        AssertionError when a page was lost.
         """
         core = EngineCore(self._core_config(cell))
         if cell.prefix_hit:
             self._generate(core, replace(cell, preempted=False), self._requests)
         made = self._generate(core, cell, self._requests)
+        core.pool.check()
+        return made
+
+    def run(self, cell: Cell) -> int:
+        """Run one cell; returns how many tokens were compared.
+
+        Raises AssertionError naming the first fault.
+        """
+        made = self.tokens(cell)
         for request, wanted in zip(self._requests, self.expected, strict=True):
             got = made[request.request_id]
             if got != wanted:
@@ -117,7 +136,6 @@ class EqualityCheck:
                     f"{cell}: {request.request_id} differs at output token {place}:"
                     f" got {got[place : place + 3]}, wanted {wanted[place : place + 3]}"
                 )
-        core.pool.check()
         return sum(len(tokens) for tokens in self.expected)
 
     def serve(self, cell: Cell, requests: Sequence[Request]) -> EngineStatistics:

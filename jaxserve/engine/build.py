@@ -133,22 +133,19 @@ def build_jax(
     config: EngineConfig, source: ModelSource, model: ModelConfig, progress
 ) -> tuple[Executor, ModelInfo, Callable[[], Compiles]]:
     import jax
-    import jax.numpy as jnp
 
     from jaxserve.engine.compile_count import CompileCount
     from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor
-    from jaxserve.kernels.backend import resolve
+    from jaxserve.engine.kernel_choice import choose_kernels
     from jaxserve.models.partition import spread_config
 
     count = CompileCount()
     mesh = open_mesh(config.mesh, model)
     device = jax.devices()[0]
-    try:
-        attention = resolve(config.kernels)
-    except ValueError as error:
-        raise ConfigError(f"kernels: {error}") from error
     dtype = serving_dtype(config, device.platform)
+    held = spread_config(model, mesh.size)
+    kernels = choose_kernels(config, held, dtype=dtype, device=device)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
     weights = load_weights(
@@ -159,8 +156,10 @@ def build_jax(
         f" {mesh.size} x {device.device_kind}"
     )
     page_size = config.cache.page_size
-    held = spread_config(model, mesh.size)
-    num_pages = serving_pages(config, held, jnp.dtype(dtype).itemsize, lambda: _free_bytes(mesh))
+    token_bytes = kernels.bytes_per_token(held, page_size)
+    num_pages = serving_pages(config, held, token_bytes, lambda: _free_bytes(mesh))
+    kernels.check_pool(num_pages * page_size * token_bytes // mesh.size)
+    progress(f"kernels: {kernels}")
     executor = JaxExecutor(
         model,
         weights,
@@ -169,8 +168,9 @@ def build_jax(
         buckets=serving_buckets(config),
         num_pages=num_pages,
         page_size=page_size,
-        kernels=config.kernels,
+        kernels=kernels.attention,
         dtype=dtype,
+        kv_dtype=kernels.kv_dtype,
     )
     executor.compile_all(progress, threads=max(2, len(os.sched_getaffinity(0))))
     info = ModelInfo(
@@ -181,7 +181,7 @@ def build_jax(
         num_pages=num_pages,
         page_size=page_size,
         programs=executor.num_programs,
-        kernels={"paged_attention": attention},
+        kernels=kernels.names(),
         platform=device.platform,
         device_kind=device.device_kind,
         num_devices=mesh.size,
@@ -215,7 +215,10 @@ def _pages_rows_can_use(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def serving_pages(
-    config: EngineConfig, held: ModelConfig, value_bytes: int, free_bytes_of: Callable[[], int]
+    config: EngineConfig,
+    held: ModelConfig,
+    bytes_per_token: int,
+    free_bytes_of: Callable[[], int],
 ) -> int:
     """As many pages as `memory_fraction` of free memory holds, and rows can use.
 
@@ -229,13 +232,13 @@ def serving_pages(
         free_bytes,
         config.cache.memory_fraction,
         page_size=config.cache.page_size,
-        bytes_per_token=held.kv_bytes_per_token(value_bytes),
+        bytes_per_token=bytes_per_token,
     )
     if fit.num_pages < 2:
         raise ConfigError(
             f"kv_memory_fraction: {config.cache.memory_fraction} of {free_bytes / 2**20:.0f} MiB"
             f" free holds {fit.num_pages} pages of {fit.page_bytes / 2**20:.2f} MiB, at least 2 are"
-            " needed; lower --page_size or use a smaller model or --dtype=bfloat16"
+            " needed; lower --page_size or use a smaller model or --kv_dtype=bfloat16"
         )
     return min(fit.num_pages, _pages_rows_can_use(config, held))
 

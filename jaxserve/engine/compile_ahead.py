@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -22,6 +21,7 @@ from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.build import serving_buckets, serving_dtype, serving_pages, serving_shape
 from jaxserve.engine.compile_report import DeploymentReport, ProgramReport, Step, gigabytes
 from jaxserve.engine.hlo_facts import collectives, copies
+from jaxserve.engine.kernel_choice import choose_kernels
 from jaxserve.engine.programs import Compiled, Programs, Progress
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
@@ -104,6 +104,8 @@ def _programs(
 ) -> tuple[Programs, int]:
     """The programs with as many pages as serving would take, and the weights' bytes per chip."""
     dtype = serving_dtype(config, "tpu")
+    held = spread_config(model, mesh.size)
+    chosen = choose_kernels(config, held, dtype=dtype, device=mesh.devices.flat[0])
 
     def made(num_pages: int) -> Programs:
         return Programs(
@@ -113,14 +115,12 @@ def _programs(
             buckets=serving_buckets(config),
             num_pages=num_pages,
             page_size=config.cache.page_size,
-            kernels=config.kernels,
+            kernels=chosen.attention,
             dtype=dtype,
+            kv_dtype=chosen.kv_dtype,
         )
 
-    try:
-        weight_bytes = _chip_bytes(made(2).weights)
-    except ValueError as error:
-        raise ConfigError(f"kernels: {error}") from error
+    weight_bytes = _chip_bytes(made(2).weights)
     free_bytes = int(topology.device.memory_bytes) - weight_bytes
     if free_bytes <= 0:
         raise ConfigError(
@@ -128,9 +128,8 @@ def _programs(
             f" does not fit: {gigabytes(weight_bytes)} of weights on each of {mesh.size}; allowed:"
             " more or larger chips"
         )
-    held = spread_config(model, mesh.size)
-    value_bytes = jnp.dtype(dtype).itemsize
-    num_pages = serving_pages(config, held, value_bytes, lambda: free_bytes * mesh.size)
+    token_bytes = chosen.bytes_per_token(held, config.cache.page_size)
+    num_pages = serving_pages(config, held, token_bytes, lambda: free_bytes * mesh.size)
     return made(num_pages), weight_bytes
 
 

@@ -50,6 +50,7 @@ class JaxExecutor:
         page_size: int,
         kernels: str,
         dtype: str,
+        kv_dtype: str | None = None,
     ):
         self._programs = Programs(
             config,
@@ -60,12 +61,13 @@ class JaxExecutor:
             page_size=page_size,
             kernels=kernels,
             dtype=dtype,
+            kv_dtype=kv_dtype,
         )
         self._weights = self._programs.take_weights(weights)
         self._state = self._programs.make_state()
         self._compiled: dict[Any, Any] = {}
         self._config, self._shape, self.buckets = config, shape, buckets
-        self._packer = Packer(shape, buckets)
+        self._packer = Packer(shape, buckets, num_pages=num_pages, page_size=page_size)
         self._num_pages = num_pages
         self._dirty = np.zeros(shape.max_rows, bool)
         # Starting a program of several CPU devices blocks while another one runs (jax 0.10.2), and

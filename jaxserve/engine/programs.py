@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.kernel_choice import init_layer
 from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
-from jaxserve.kernels.backend import resolve
-from jaxserve.kernels.kv_pages import copy_pages, init_pages
+from jaxserve.kernels.backend import platform_of, resolve
+from jaxserve.kernels.kv_pages import copy_pages
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, Init
 from jaxserve.models.partition import (
@@ -89,14 +90,17 @@ class Programs:
         page_size: int,
         kernels: str,
         dtype: str,
+        kv_dtype: str | None = None,
     ):
         self.config = spread_config(config, mesh.size)
         self.mesh, self.shape, self.buckets = mesh, shape, buckets
         self.num_pages, self.page_size, self.dtype = num_pages, page_size, jnp.dtype(dtype)
-        self.kernels = resolve(kernels, platform=mesh.devices.flat[0].platform)
+        self.kv_dtype = kv_dtype or dtype
+        platform = platform_of(mesh.devices.flat[0])
+        self.kernels = resolve(kernels, platform=platform)
         # Tiles on a TPU span the last two axes: from a projection of more, each program would first
         # make a copy of two axes for its matrix unit, most of the weights again.
-        self._flat = mesh.devices.flat[0].platform == "tpu"
+        self._flat = platform == "tpu"
         self.state_specs, self.state = self._abstract_state()
         self._graphdef, self._weights_def, self._share_shapes = self._abstract_share()
         self.weights = self._abstract_weights()
@@ -135,12 +139,12 @@ class Programs:
         config, slots = self.config, self.shape.max_rows
         dense = (slots, config.vocab_size)
         return DeviceState(
-            pages=init_pages(
+            pages=init_layer(
+                config,
                 self.num_pages * config.num_layers,
                 page_size=self.page_size,
-                kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                dtype=self.dtype,
+                kernels=self.kernels,
+                kv_dtype=self.kv_dtype,
             ),
             last_token_R=jnp.zeros(slots, jnp.int32),
             length_R=jnp.ones(slots, jnp.int32),

@@ -59,7 +59,8 @@ def test_what_is_written_is_read_back_and_the_rest_stays(backend, dtype, head_di
     page_T, slot_T = jnp.array([2, 2, 0, 4]), jnp.array([6, 7, 0, 7])
     write = writer(backend)
     before, after = (
-        read_pages(p, jnp.arange(N)) for p in (pages, write(pages, k_TKC, v_TKC, page_T, slot_T))
+        read_pages(p, jnp.arange(N), head_dim=head_dim)
+        for p in (pages, write(pages, k_TKC, v_TKC, page_T, slot_T))
     )
     for old_NSKC, new_NSKC, x_TKC in zip(before, after, (k_TKC, v_TKC), strict=True):
         want_NSKC = old_NSKC.at[page_T, slot_T].set(as_stored(x_TKC, pages))
@@ -83,6 +84,7 @@ def test_a_faulty_token_stays_alone(backend, dtype):
     k_MSKC, v_MSKC = read_pages(
         write(pages, k_TKC.at[0, 1, 3].set(jnp.nan), v_TKC, jnp.ones(4, jnp.int32), jnp.arange(4)),
         jnp.arange(N),
+        head_dim=C,
     )
     bad_MSK = np.isnan(np.asarray(k_MSKC)).any(axis=-1)
     assert np.argwhere(bad_MSK).tolist() == [[1, 0, 1]]
