@@ -45,13 +45,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Requests, and the cells to run them in."""
+    """Requests, and the cells to run them in. A step takes in `tiles` tiles of prompts at most."""
 
     model: str
     num_prompts: int
     max_tokens: int
     steps: Sequence[int]
     rows: Sequence[int]
+    longest_prompt: int = 120
+    tiles: int = 8
 
     def cells(self) -> Iterator[Cell]:
         flags = (False, True)
@@ -79,7 +81,7 @@ class EqualityCheck:
         longest = max(request.prompt.size for request in self._requests) + grid.max_tokens
         self._pages_per_row = -(-longest // PAGE_SIZE)
         most_rows, most_steps = max(grid.rows), max(*grid.steps, 1)
-        self._chunk_tokens = {False: 8 * TILE, True: TILE}
+        self._chunk_tokens = {False: grid.tiles * TILE, True: TILE}
         self._shape = BatchShape(
             tile=TILE,
             table_pages=self._pages_per_row,
@@ -226,7 +228,7 @@ def make_requests(config: ModelConfig, grid: Grid, *, seed: int) -> list[Request
     )
     requests = []
     for number in range(grid.num_prompts):
-        prompt = rng.integers(0, config.vocab_size, rng.integers(1, 120))
+        prompt = rng.integers(0, config.vocab_size, rng.integers(1, grid.longest_prompt))
         if number % 3 == 0:
             prompt = np.concatenate([shared, prompt])
         prompt = prompt.astype(np.int32)
