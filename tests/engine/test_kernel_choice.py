@@ -94,9 +94,12 @@ def test_memory_counts_scales_and_filled_lanes(device, model, kv_dtype, bytes_pe
 
 
 def test_pools_that_the_gpu_kernels_cannot_address_are_refused() -> None:
+    gib = 2**30 // (2 * 128 * 8 * 32 * 64)  # pages that hold 2**30 numbers
     one_byte = KernelChoice("pallas_gpu", "gpu", "int8")
-    one_byte.check_pool(2**31 - 1)
-    one_byte.check_pool(2**32 + 1)
-    with pytest.raises(ConfigError, match=r"num_pages: got 3.00 GiB of int8 on a device; allowed"):
-        one_byte.check_pool(3 * 2**30)
-    KernelChoice("pallas_gpu", "gpu", "bfloat16").check_pool(3 * 2**30)
+    for num_pages, num_devices in ((2 * gib - 1, 1), (4 * gib + 1, 1), (3 * gib, 2)):
+        one_byte.check_pool(LLAMA, num_pages, 64, num_devices=num_devices)
+    message = f"num_pages: got {3 * gib}, 3.00 GiB of int8 on a device; allowed: less than 2"
+    with pytest.raises(ConfigError, match=message):
+        one_byte.check_pool(LLAMA, 3 * gib, 64, num_devices=1)
+    wide = KernelChoice("pallas_gpu", "gpu", "bfloat16")
+    wide.check_pool(LLAMA, 3 * gib, 64, num_devices=1)
