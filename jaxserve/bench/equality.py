@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from jaxserve.engine.devices import open_mesh
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.sequence import Phase
 from jaxserve.engine.statistics import EngineStatistics
+from jaxserve.kernels.backend import PALLAS_TPU
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sources import load_model_config, load_weights, parse_source
 from jaxserve.request import Limits, Request, SamplingParams
@@ -73,7 +75,7 @@ class EqualityCheck:
         mesh: str = "tp=1",
         kv_dtype: str = "float32",
     ):
-        self._grid = grid
+        self._grid, self._kernels = grid, kernels
         source = parse_source(grid.model)
         self._config = load_model_config(source)
         weights = load_weights(source, self._config, dtype="float32", seed=seed)
@@ -102,7 +104,13 @@ class EqualityCheck:
             kv_dtype=kv_dtype,
         )
         self._executor.compile_all(lambda _: None, threads=2)
-        self.expected = FullRecompute(self._config, weights, length=longest).generate(
+        self._weights, self._longest = weights, longest
+
+    @cached_property
+    def expected(self) -> list[list[int]]:
+        """The tokens of each request, by recomputing everything."""
+        recompute = FullRecompute(self._config, self._weights, length=self._longest)
+        return recompute.generate(
             [request.prompt for request in self._requests],
             [request.params for request in self._requests],
             [sample_seed(request.params.seed or 0, 0) for request in self._requests],
@@ -198,7 +206,9 @@ class EqualityCheck:
                 made[delta.request_id] += delta.tokens
             if cell.preempted and rng.random() < 0.1:
                 preempt_someone(core, rng)
-        if num_compiled := count.compiles().serving:
+        num_compiled = count.compiles().serving
+        # What interprets TPU kernels compiles its own steps as it goes.
+        if num_compiled and self._kernels != PALLAS_TPU:
             raise AssertionError(f"{cell}: {num_compiled} programs were compiled while serving")
         return made
 
