@@ -162,7 +162,7 @@ def profile(seconds: float) -> Numbers:
         return {"profile": json.loads(path.read_text())}
 
 
-_CACHE: Final = "JAXSERVE_GPU_CHECK_CACHE"
+_CACHE: Final = "GPU_CHECK_CACHE"
 
 # Limits add up to less than nine minutes.
 PARTS: Final[dict[str, Part]] = {

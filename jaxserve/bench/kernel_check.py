@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Options(NamedTuple):
     soft_cap: float | None
 
 
-VALUES = Options(  # pyright: ignore[reportArgumentType]
+VALUES: Final[dict[str, tuple[Any, ...]]] = dict(
     queries=(1, 16),
     head_dim=(64, 80, 96, 128, 256),
     page_size=(16, 32, 64, 128),
@@ -49,7 +49,7 @@ VALUES = Options(  # pyright: ignore[reportArgumentType]
 )
 """What each option may be; `MATRIX` is all that can be chosen from them."""
 
-MATRIX = tuple(Options(*choice) for choice in itertools.product(*VALUES))  # pyright: ignore
+MATRIX = tuple(Options(*choice) for choice in itertools.product(*VALUES.values()))
 
 
 class Batch:

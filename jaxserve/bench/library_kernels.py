@@ -3,6 +3,7 @@
 Knows their interfaces; each takes the operands of `jaxserve.bench.kernels.Decode` and a budget, and
 returns the seconds of one call, measured by CUDA's events.
 """
+# pyright: reportMissingImports=false
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -41,7 +42,7 @@ def _seconds(call: Callable[[], Any], budget_s: float) -> float:
 
 
 def _flashinfer(decode: Any, budget_s: float) -> float:
-    import flashinfer  # pyright: ignore[reportMissingImports]
+    import flashinfer
     import torch
 
     q, k, v, len_B = _torch_pages(decode)

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def check_options(options):
 
 
 def test_every_pair_of_options_is_chosen():
-    for (i, one), (j, other) in itertools.combinations(enumerate(VALUES), 2):
+    for (i, one), (j, other) in itertools.combinations(enumerate(VALUES.values()), 2):
         chosen = {(case[i], case[j]) for case in PAIRWISE}
         assert chosen >= set(itertools.product(one, other)), (i, j)
 
@@ -147,7 +148,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_table(Q):
 
 
 def test_sizes_without_a_kernel_are_refused_with_those_that_have_one():
-    fits = dict(head_dim=128, page_size=64, dtype="bfloat16", group=4)
+    fits: dict[str, Any] = dict(head_dim=128, page_size=64, dtype="bfloat16", group=4)
     reason = paged_attention_gpu.unsupported
     assert reason(**fits) is None
     assert "got 72; allowed: multiples of 16" in str(reason(**{**fits, "head_dim": 72}))
@@ -168,7 +169,7 @@ def test_a_pool_whose_offsets_overflow_is_refused():
 
 def lowered_for_cuda(Q, C, S, stored, G, window, soft_cap, *, N=1024):
     """The program as text, lowered with the default block sizes for a real size of batch."""
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     B, heads, P = 64, 8, 256
     narrow = jnp.dtype(stored).itemsize == 1
     pages = RowPages(
