@@ -95,7 +95,7 @@ def engine(seconds: float) -> Numbers:
     from jaxserve.models.sources import load_model_config, parse_source
 
     tiny = _is_tiny()
-    flags = [*_engine_flags(tiny), f"--compilation_cache={os.environ[_CACHE]}"]
+    flags = [*_engine_flags(tiny), f"--compilation_cache={os.environ.get(_CACHE, '')}"]
     config = parse(COMMANDS["profile"].groups, flags, environment={}, known=set()).record(
         EngineConfig
     )
@@ -152,7 +152,7 @@ def profile(seconds: float) -> Numbers:
         path = Path(directory) / "profile.json"
         flags = [
             *_engine_flags(tiny),
-            f"--compilation_cache={os.environ[_CACHE]}",
+            f"--compilation_cache={os.environ.get(_CACHE, '')}",
             f"--minutes={seconds / 60}",
             f"--output={path}",
         ]

@@ -23,7 +23,11 @@ from jaxserve.kernels import paged_attention_gpu
 from jaxserve.kernels.block_sizes import GpuBlocks
 from jaxserve.kernels.kv_pages import RowPages
 
-_KV_HEADS = 2
+_KV_HEADS: Final = 2
+
+# An interpreted kernel takes longer to compile than to run.
+INTERPRETED: Final = {"xla_backend_optimization_level": 0}
+"""Compiler options for it."""
 
 
 class Options(NamedTuple):
@@ -155,7 +159,8 @@ def check(options: Options, *, interpret: bool, blocks: GpuBlocks | None, longes
         paged_attention_gpu.attend,
         **dict(window=window, soft_cap=soft_cap, scale=None, interpret=interpret, blocks=blocks),
     )
-    return worst_error(jax.jit(attend)(*batch.operands()), batch.reference(soft_cap=soft_cap))
+    compiled = jax.jit(attend, compiler_options=INTERPRETED if interpret else None)
+    return worst_error(compiled(*batch.operands()), batch.reference(soft_cap=soft_cap))
 
 
 def check_many(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.bench.kernel_check import (
+    INTERPRETED,
     MATRIX,
     VALUES,
     Batch,
@@ -57,12 +58,8 @@ PAIRWISE = (
 
 @cache
 def attend(window=None, soft_cap=None, scale=None):
-    return jax.jit(
-        partial(
-            paged_attention_gpu.attend,
-            **dict(window=window, soft_cap=soft_cap, scale=scale, interpret=True, blocks=SMALL),
-        )
-    )
+    options = dict(window=window, soft_cap=soft_cap, scale=scale, interpret=True, blocks=SMALL)
+    return jax.jit(partial(paged_attention_gpu.attend, **options), compiler_options=INTERPRETED)
 
 
 def check_options(options):
@@ -87,8 +84,7 @@ def test_all_options_agree_with_float64(options):
     check_options(options)
 
 
-@pytest.mark.parametrize("Q", [1, 5])
-@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize(("Q", "window"), [(1, None), (5, None), (1, 21)])
 @settings(max_examples=6)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(0, 96), min_size=5, max_size=5))
 def test_ragged_batches_agree_with_float64(Q, window, seed, lengths):
@@ -122,8 +118,7 @@ def test_a_permuted_page_id_is_seen(Q):
     assert worst_error(wrong, want) > 1e-2
 
 
-@pytest.mark.parametrize("Q", [1, 5])
-@pytest.mark.parametrize("S", [8, 32])
+@pytest.mark.parametrize(("Q", "S"), [(1, 8), (5, 32)])
 def test_page_ids_outside_the_pool_are_clamped_and_those_past_the_length_unused(Q, S):
     batch = Batch(5, [20, 33, 48], Q=Q, S=S)
     batch.table_BP[1, :2] = [0, len(batch.kv_NKSD) - 1]
