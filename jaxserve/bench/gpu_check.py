@@ -64,20 +64,20 @@ def kernel_speed(seconds: float) -> Numbers:
 
 # Rows and tokens of context of the slices to time.
 _STEPS: Final = ((64, 1024), (256, 1024))
-_TINY_STEPS: Final = ((2, 32), (8, 64))
+_TINY_STEPS: Final = ((2, 32), (8, 48))
 _SLICE_STEPS: Final = 16
 
 
-def _engine_flags(tiny: bool) -> list[str]:
-    """One deployment for all parts with an engine, so that its programs are compiled once."""
-    model, rows = ("random:llama-14m", 8) if tiny else ("random:llama3-8b", 256)
+def _deployment(tiny: bool, *, rows: int, prompt_tokens: int) -> list[str]:
+    """Flags of a deployment with so many rows and prompt tokens per step."""
     return [
-        f"--model={model}",
-        f"--max_rows={rows}",
-        "--max_prefill_tokens=64",
+        f"--model=random:{'tiny' if tiny else 'llama3-8b'}",
+        f"--max_rows={8 if tiny else rows}",
+        f"--max_prefill_tokens={prompt_tokens}",
         f"--page_size={16 if tiny else 64}",
         "--mesh=tp=1",
         "--kernels=auto",
+        f"--compilation_cache={os.environ.get(_CACHE, '')}",
     ]
 
 
@@ -95,7 +95,7 @@ def engine(seconds: float) -> Numbers:
     from jaxserve.models.sources import load_model_config, parse_source
 
     tiny = _is_tiny()
-    flags = [*_engine_flags(tiny), f"--compilation_cache={os.environ.get(_CACHE, '')}"]
+    flags = _deployment(tiny, rows=max(_STEPS)[0], prompt_tokens=64)
     config = parse(COMMANDS["profile"].groups, flags, environment={}, known=set()).record(
         EngineConfig
     )
@@ -144,15 +144,14 @@ def engine(seconds: float) -> Numbers:
 
 
 def profile(seconds: float) -> Numbers:
-    """`jaxserve profile` of the same deployment, as JSON."""
+    """`jaxserve profile` of a smaller deployment, as JSON: it measures every program many times."""
     from jaxserve.launch import main
 
     tiny = _is_tiny()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "profile.json"
         flags = [
-            *_engine_flags(tiny),
-            f"--compilation_cache={os.environ.get(_CACHE, '')}",
+            *_deployment(tiny, rows=16, prompt_tokens=512),
             f"--minutes={seconds / 60}",
             f"--output={path}",
         ]
