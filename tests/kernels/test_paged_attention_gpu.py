@@ -84,8 +84,8 @@ def test_all_options_agree_with_float64(options):
     check_options(options)
 
 
-@pytest.mark.parametrize(("Q", "window"), [(1, None), (5, None), (1, 21)])
-@settings(max_examples=6)
+@pytest.mark.parametrize(("Q", "window"), [(1, None), (5, 21)])
+@settings(max_examples=5)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(0, 96), min_size=5, max_size=5))
 def test_ragged_batches_agree_with_float64(Q, window, seed, lengths):
     batch = Batch(seed, lengths, Q=Q, window=window)
@@ -149,7 +149,7 @@ def test_sizes_without_a_kernel_are_refused_with_those_that_have_one():
     assert "got 72; allowed: multiples of 16" in str(reason(**{**fits, "head_dim": 72}))
     assert "got 48; allowed: powers of two" in str(reason(**{**fits, "page_size": 48}))
     assert "got float16; allowed: float32, bfloat16" in str(reason(**{**fits, "dtype": "float16"}))
-    assert "got 129; allowed: 1 to 128" in str(reason(**{**fits, "group": 129}))
+    assert "got 129; allowed: 1 to 32" in str(reason(**{**fits, "group": 129}))
     with pytest.raises(ValueError, match="head_dim: got 72"):
         attend()(*Batch(7, [4], C=72).operands())
 
