@@ -65,8 +65,8 @@ def unsupported(*, head_dim: int, page_size: int, dtype: DTypeLike, group: int) 
         return f"page_size: got {page_size}; allowed: powers of two from 8 to 256"
     if jnp.dtype(dtype).name not in _DTYPES:
         return f"dtype of pages: got {jnp.dtype(dtype).name}; allowed: {', '.join(_DTYPES)}"
-    if not 1 <= group <= 128:
-        return f"query heads per kv head: got {group}; allowed: 1 to 128"
+    if not 1 <= group <= 32:
+        return f"query heads per kv head: got {group}; allowed: 1 to 32"
     return None
 
 
