@@ -56,6 +56,14 @@ def compile_ahead(
     mesh = topology_mesh(config.mesh, topology)
     programs, kernels, weight_bytes = _programs(config, model, mesh, topology)
     pool_bytes = _chip_bytes(programs.state.pages)
+    state_bytes = _chip_bytes(programs.state)
+    memory_bytes = int(topology.device.memory_bytes)
+    if weight_bytes + state_bytes > memory_bytes:
+        raise ConfigError(
+            f"num_pages: got {programs.num_pages}; does not fit: {gigabytes(weight_bytes)} of"
+            f" weights and {gigabytes(state_bytes)} of KV pages and slots on each chip, which has"
+            f" {gigabytes(memory_bytes)}; allowed: fewer, or unset"
+        )
     progress(
         f"{topology.name}: {gigabytes(weight_bytes)} of weights and {gigabytes(pool_bytes)} of KV"
         f" pages on each of {mesh.size} x {topology.device.kind}"
@@ -85,10 +93,10 @@ def compile_ahead(
         kv_copies=programs.config.num_kv_heads // model.num_kv_heads,
         max_context=model.max_context,
         context=context,
-        memory_bytes=int(topology.device.memory_bytes),
+        memory_bytes=memory_bytes,
         weight_bytes=weight_bytes,
         pool_bytes=pool_bytes,
-        state_bytes=_chip_bytes(programs.state) - pool_bytes,
+        state_bytes=state_bytes - pool_bytes,
         compile_s=time.monotonic() - started_s,
         programs=tuple(reports[key] for key in sorted(reports, key=_place)),
     )

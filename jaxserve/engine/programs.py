@@ -261,8 +261,7 @@ def flatten_projection(weight: Any) -> Any:
 
     Uses it up; other weights are given back.
     """
-    flat = _flat_shape(weight)
-    if flat.ndim == weight.ndim:
+    if _flat_shape(weight) is weight:
         return weight
     made = _flatten(weight.sharding.mesh, weight.sharding.spec)(weight)
     weight.delete()
@@ -277,7 +276,8 @@ def _flatten(mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.jit(jax.shard_map(flatten, mesh=mesh, in_specs=spec, out_specs=_SIDE_BY_SIDE))
 
 
-def _flat_shape(weight: Any) -> jax.ShapeDtypeStruct:
+def _flat_shape(weight: Any) -> Any:
+    """The shape that a fused projection gets; every other weight itself."""
     if weight.ndim < 3 or weight.sharding.spec[0] is not None:
         return weight
     width, *outputs = weight.shape

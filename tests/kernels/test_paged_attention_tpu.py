@@ -196,9 +196,7 @@ def test_options_drawn_from_all_agree_with_float64():
 
 
 @settings(max_examples=6)
-@given(
-    seed=st.integers(0, 999), lengths=st.lists(st.integers(0, P * 16), min_size=5, max_size=5)
-)
+@given(seed=st.integers(0, 999), lengths=st.lists(st.integers(0, P * 16), min_size=5, max_size=5))
 @pytest.mark.parametrize("more", [dict(Q=1), dict(Q=16, window=37, cores=2)], ids=name_of)
 def test_ragged_batches_agree_with_float64(more, seed, lengths):
     batch = Batch(lengths, FLOAT32 | more, seed=seed)
@@ -254,7 +252,10 @@ def test_rows_without_whole_lanes_are_refused():
         (dict(), None),
         (dict(head_dim=100), "head_dim: got 100; allowed: multiples of 16 up to 256"),
         (dict(head_dim=512), "head_dim: got 512; allowed"),
-        (dict(page_size=8), "page_size: got 8; allowed for bfloat16 pages on a TPU: 16, 32, 64, 128"),
+        (
+            dict(page_size=8),
+            "page_size: got 8; allowed for bfloat16 pages on a TPU: 16, 32, 64, 128",
+        ),
         (dict(dtype="int8", page_size=64), None),
         (dict(dtype="int8"), "page_size: got 16; allowed for int8 pages on a TPU: 64, 128"),
         (dict(dtype="float16"), "dtype: got float16; allowed: float32, bfloat16, int8, float8"),
