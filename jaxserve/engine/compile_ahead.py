@@ -6,8 +6,11 @@ The compiler is the TPU's own, libtpu, in a process that was prepared for it bef
 
 import math
 import os
+import tempfile
 import time
+from collections.abc import Hashable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import jax
@@ -16,13 +19,12 @@ from jax.sharding import Mesh
 
 from jaxserve import __version__
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.build import serving_buckets, serving_dtype, serving_pages, serving_shape
 from jaxserve.engine.compile_report import DeploymentReport, ProgramReport, Step, gigabytes
 from jaxserve.engine.hlo_facts import collectives, copies
-from jaxserve.engine.kernel_choice import choose_kernels
-from jaxserve.engine.programs import Compiled, Programs, Progress
+from jaxserve.engine.kernel_choice import KernelChoice, choose_kernels
+from jaxserve.engine.programs import Program, Programs, Progress
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.partition import spread_config, tensor_mesh
@@ -52,20 +54,28 @@ def compile_ahead(
     """
     started_s = time.monotonic()
     mesh = topology_mesh(config.mesh, topology)
-    programs, weight_bytes = _programs(config, model, mesh, topology)
+    programs, kernels, weight_bytes = _programs(config, model, mesh, topology)
     pool_bytes = _chip_bytes(programs.state.pages)
+    state_bytes = _chip_bytes(programs.state)
+    memory_bytes = int(topology.device.memory_bytes)
+    if weight_bytes + state_bytes > memory_bytes:
+        raise ConfigError(
+            f"num_pages: got {programs.num_pages}; does not fit: {gigabytes(weight_bytes)} of"
+            f" weights and {gigabytes(state_bytes)} of KV pages and slots on each chip, which has"
+            f" {gigabytes(memory_bytes)}; allowed: fewer, or unset"
+        )
     progress(
         f"{topology.name}: {gigabytes(weight_bytes)} of weights and {gigabytes(pool_bytes)} of KV"
         f" pages on each of {mesh.size} x {topology.device.kind}"
     )
-    threads = max(2, len(os.sched_getaffinity(0)))
-    try:
-        compiled = programs.compile_all(progress, threads=threads)
-    except jax.errors.JaxRuntimeError as error:
-        raise _explained(error, topology) from error
     rows = config.scheduler.max_rows
     context = min(CONTEXT, model.max_context, programs.num_pages * programs.page_size // rows)
-    steps = _Steps(programs, model, topology, context)
+    inspector = _Inspector(programs, model, topology, context)
+    threads = max(2, len(os.sched_getaffinity(0)))
+    try:
+        reports = programs.compile_all(progress, threads=threads, compile=inspector.compile)
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error, topology) from error
     return DeploymentReport(
         model=model.name,
         num_parameters=model.num_parameters,
@@ -73,7 +83,7 @@ def compile_ahead(
         device=topology.device.kind,
         num_devices=mesh.size,
         dtype=programs.dtype.name,
-        kernels={"paged_attention": programs.kernels},
+        kernels=kernels.names(),
         versions={
             "jaxserve": __version__,
             **{name: version(name) for name in ("jax", "jaxlib", "libtpu")},
@@ -83,12 +93,12 @@ def compile_ahead(
         kv_copies=programs.config.num_kv_heads // model.num_kv_heads,
         max_context=model.max_context,
         context=context,
-        memory_bytes=int(topology.device.memory_bytes),
+        memory_bytes=memory_bytes,
         weight_bytes=weight_bytes,
         pool_bytes=pool_bytes,
-        state_bytes=_chip_bytes(programs.state) - pool_bytes,
+        state_bytes=state_bytes - pool_bytes,
         compile_s=time.monotonic() - started_s,
-        programs=tuple(_report(each, programs, steps) for each in _in_order(compiled)),
+        programs=tuple(reports[key] for key in sorted(reports, key=_place)),
     )
 
 
@@ -101,7 +111,7 @@ def topology_mesh(mesh: str, topology: Topology) -> Mesh:
 
 def _programs(
     config: EngineConfig, model: ModelConfig, mesh: Mesh, topology: Topology
-) -> tuple[Programs, int]:
+) -> tuple[Programs, KernelChoice, int]:
     """The programs with as many pages as serving would take, and the weights' bytes per chip."""
     dtype = serving_dtype(config, "tpu")
     held = spread_config(model, mesh.size)
@@ -130,7 +140,7 @@ def _programs(
         )
     token_bytes = chosen.bytes_per_token(held, config.cache.page_size)
     num_pages = serving_pages(config, held, token_bytes, lambda: free_bytes * mesh.size)
-    return made(num_pages), weight_bytes
+    return made(num_pages), chosen, weight_bytes
 
 
 def _explained(error: Exception, topology: Topology) -> ConfigError:
@@ -140,31 +150,51 @@ def _explained(error: Exception, topology: Topology) -> ConfigError:
     return ConfigError(f"topology: got {topology.name}; the TPU's compiler failed: {reason}")
 
 
-def _in_order(compiled: list[Compiled]) -> list[Compiled]:
+def _place(key: Hashable) -> tuple[bool, int, int]:
     """Slice programs by size, then the others."""
-
-    def place(each: Compiled) -> tuple[bool, int, int]:
-        key = each.program.key
-        return (False, key.tiles, key.rows) if isinstance(key, Bucket) else (True, 0, 0)
-
-    return sorted(compiled, key=place)
+    return (False, key.tiles, key.rows) if isinstance(key, Bucket) else (True, 0, 0)
 
 
-class _Steps:
-    """Counts what a step of a slice program takes on one chip."""
+class _Inspector:
+    """Compiles programs and keeps what can be said of them, not the programs."""
 
     def __init__(self, programs: Programs, model: ModelConfig, topology: Topology, context: int):
-        self._shape: BatchShape = programs.shape
-        self._context = context
+        self._tile, self._context = programs.shape.tile, context
+        self._pool_sizes = _pool_sizes(programs)
         self._time = RooflineTime(
             sizes=ModelShape.of(model).sizes(programs.dtype.name),
             device=topology.device,
             num_devices=programs.mesh.size,
         )
 
-    def of(self, bucket: Bucket) -> Step:
+    def compile(self, program: Program) -> ProgramReport:
+        """Compile it, with the compiler's own text of what it made.
+
+        jaxlib cannot always turn what a newer libtpu made into text ("async-update instruction
+        should have 1 operands"; 0.10.2 and 0.0.51, v6e:4x4).
+        """
+        bucket = program.key if isinstance(program.key, Bucket) else None
+        started_s = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="jaxserve-compile-") as folder:
+            compiled = program.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            seconds = time.monotonic() - started_s
+            text = max(Path(folder).glob("*.after_optimizations.txt"), key=_size).read_text()
+        memory = compiled.memory_analysis()
+        model_steps = 2 if bucket is not None and bucket.tiles else 1  # step 0, the loop's body
+        return ProgramReport(
+            name=program.name,
+            compile_s=seconds,
+            temporary_bytes=memory.temp_size_in_bytes,
+            code_bytes=memory.generated_code_size_in_bytes,
+            aliased_bytes=memory.alias_size_in_bytes,
+            pool_copies=copies(text, self._pool_sizes),
+            collectives={name: count / model_steps for name, count in collectives(text).items()},
+            step=None if bucket is None else self._step(bucket),
+        )
+
+    def _step(self, bucket: Bucket) -> Step:
         """Every row decodes over `context` tokens, beside as many prompt tokens as there are."""
-        rows, prompt = bucket.rows, bucket.tiles * self._shape.tile
+        rows, prompt = bucket.rows, bucket.tiles * self._tile
         attended, prompt_attended = rows * self._context, prompt * (prompt + 1) // 2
         return Step(
             flops=self._time.step_flops(rows, rows + prompt, attended + prompt_attended),
@@ -173,21 +203,8 @@ class _Steps:
         )
 
 
-def _report(compiled: Compiled, programs: Programs, steps: _Steps) -> ProgramReport:
-    memory, text = compiled.call.memory_analysis(), compiled.call.as_text()
-    key = compiled.program.key
-    bucket = key if isinstance(key, Bucket) else None
-    model_steps = 2 if bucket is not None and bucket.tiles else 1  # step 0, and the loop's body
-    return ProgramReport(
-        name=compiled.program.name,
-        compile_s=compiled.seconds,
-        temporary_bytes=memory.temp_size_in_bytes,
-        code_bytes=memory.generated_code_size_in_bytes,
-        aliased_bytes=memory.alias_size_in_bytes,
-        pool_copies=copies(text, _pool_sizes(programs)),
-        collectives={name: count / model_steps for name, count in collectives(text).items()},
-        step=None if bucket is None else steps.of(bucket),
-    )
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _pool_sizes(programs: Programs) -> frozenset[tuple[str, int]]:

@@ -109,5 +109,5 @@ class DeploymentReport:
         return json.dumps({"schema": SCHEMA, **fields, **totals, "faults": self.faults()}, indent=1)
 
 
-def gigabytes(num_bytes: float) -> str:
+def gigabytes(num_bytes: int | float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"

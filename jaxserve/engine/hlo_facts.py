@@ -8,8 +8,9 @@ from typing import Final
 
 # `%name = bf16[8,128]{1,0} add(...`; a tuple's first member stands for it.
 _INSTRUCTION: Final = re.compile(
-    r"^\s*(?:ROOT )?%?[\w.\-]+ = \(?(\w+)\[([\d,]*)\][^=]*?[\s)}]([a-z][\w\-]*)\(", re.MULTILINE
+    r"^\s*(?:ROOT )?%?[\w.\-]+ = \(?(\w+)\[([\d,]*)\]([^=\n]*?)[\s)}]([a-z][\w\-]*)\(", re.MULTILINE
 )
+_ON_CHIP: Final = "S(1)"
 _COLLECTIVES: Final = (
     "all-reduce",
     "all-gather",
@@ -40,18 +41,22 @@ _MOVES_NOTHING: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An instruction's result: `dtype` as HLO spells it, such as bf16, and the numbers in it."""
+    """An instruction's result: `dtype` as HLO spells it, such as bf16, and the numbers in it.
+
+    `on_chip`: it lies in the fast memory beside the cores, or comes from there.
+    """
 
     operation: str
     dtype: str
     shape: tuple[int, ...]
+    on_chip: bool
 
 
 def results(text: str) -> Iterator[Result]:
     """The results of all instructions, of every computation."""
-    for dtype, sizes, operation in _INSTRUCTION.findall(text):
+    for dtype, sizes, layout, operation in _INSTRUCTION.findall(text):
         shape = tuple(int(size) for size in sizes.split(",") if size)
-        yield Result(operation, dtype, shape)
+        yield Result(operation, dtype, shape, _ON_CHIP in layout)
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -61,13 +66,15 @@ def collectives(text: str) -> dict[str, int]:
 
 
 def copies(text: str, sizes: frozenset[tuple[str, int]]) -> dict[str, int]:
-    """Instructions that make an array of one of `sizes` (dtype, numbers in it), and how often."""
+    """Instructions that make an array of one of `sizes` (dtype, numbers in it) in the large memory,
+    and how often. A small pool may be moved to the fast memory for good, which costs nothing."""
     found: Counter[str] = Counter()
     for result in results(text):
         numbers = 1
         for size in result.shape:
             numbers *= size
-        if (result.dtype, numbers) in sizes and result.operation not in _MOVES_NOTHING:
+        moves = result.operation not in _MOVES_NOTHING and not result.on_chip
+        if moves and (result.dtype, numbers) in sizes:
             shape = ",".join(map(str, result.shape))
             found[f"{result.operation} {result.dtype}[{shape}]"] += 1
     return dict(sorted(found.items()))

@@ -78,8 +78,7 @@ class JaxExecutor:
 
     def compile_all(self, progress: Progress, *, threads: int) -> None:
         """Compile every program, `threads` at a time."""
-        compiled = self._programs.compile_all(progress, threads=threads)
-        self._compiled = {each.program.key: each.call for each in compiled}
+        self._compiled = self._programs.compile_all(progress, threads=threads)
 
     @property
     def num_programs(self) -> int:

@@ -6,11 +6,11 @@ devices that are not there, from shapes alone. Knows no plan and holds no array.
 
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from jaxserve.models.partition import (
 )
 
 Progress = Callable[[str], None]
+_Made = TypeVar("_Made")
 
 _EVERYWHERE: Any = PartitionSpec()
 _SIDE_BY_SIDE: Any = PartitionSpec(None, TP)
@@ -57,18 +58,13 @@ class Program:
     args: tuple[Any, ...]
     donated: int
 
-    def compile(self) -> Any:
-        """Trace, lower and compile it for the devices of its arguments."""
-        return jax.jit(self.function, donate_argnums=self.donated).lower(*self.args).compile()
+    def compile(self, options: Mapping[str, Any] | None = None) -> Any:
+        """Trace, lower and compile it for the devices of its arguments.
 
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """A program, what calls it, and how long tracing and compiling took."""
-
-    program: Program
-    call: Any
-    seconds: float
+        `options` are XLA's, by name.
+        """
+        lowered = jax.jit(self.function, donate_argnums=self.donated).lower(*self.args)
+        return lowered.compile(None if options is None else dict(options))
 
 
 class Programs:
@@ -172,22 +168,32 @@ class Programs:
         slices = [self._slice(bucket) for bucket in reversed(self.buckets)]
         return [*slices, self._page_copies(), self._extras()]
 
-    def compile_all(self, progress: Progress, *, threads: int) -> list[Compiled]:
-        """Compile every program, `threads` at a time; tracing is serial, compiling is not."""
-        programs, done = self.all(), []
+    def compile_all(
+        self,
+        progress: Progress,
+        *,
+        threads: int,
+        compile: Callable[[Program], _Made] = Program.compile,
+    ) -> dict[Hashable, _Made]:
+        """What `compile` makes of every program, by key, `threads` of them at a time.
+
+        Tracing is serial, compiling is not.
+        """
+        programs, made = self.all(), {}
         started_s = time.monotonic()
         with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
-            futures = [pool.submit(_compiled, program) for program in programs]
+            futures = {pool.submit(compile, program): program for program in programs}
             try:
                 for future in as_completed(futures):
-                    done.append(future.result())
+                    program = futures[future]
+                    made[program.key] = future.result()
                     seconds = time.monotonic() - started_s
-                    name = done[-1].program.name
-                    progress(f"compiled {len(done)}/{len(programs)} ({name}) after {seconds:.1f} s")
+                    done = f"{len(made)}/{len(programs)}"
+                    progress(f"compiled {done} ({program.name}) after {seconds:.1f} s")
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        return done
+        return made
 
     def _slice(self, bucket: Bucket) -> Program:
         slice_program = SliceProgram(
@@ -257,8 +263,7 @@ def flatten_projection(weight: Any) -> Any:
 
     Uses it up; other weights are given back.
     """
-    flat = _flat_shape(weight)
-    if flat.ndim == weight.ndim:
+    if _flat_shape(weight) is weight:
         return weight
     made = _flatten(weight.sharding.mesh, weight.sharding.spec)(weight)
     weight.delete()
@@ -273,17 +278,13 @@ def _flatten(mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.jit(jax.shard_map(flatten, mesh=mesh, in_specs=spec, out_specs=_SIDE_BY_SIDE))
 
 
-def _flat_shape(weight: Any) -> jax.ShapeDtypeStruct:
+def _flat_shape(weight: Any) -> Any:
+    """The shape that a fused projection gets; every other weight itself."""
     if weight.ndim < 3 or weight.sharding.spec[0] is not None:
         return weight
     width, *outputs = weight.shape
     where = NamedSharding(weight.sharding.mesh, _SIDE_BY_SIDE)
     return jax.ShapeDtypeStruct((width, math.prod(outputs)), weight.dtype, sharding=where)
-
-
-def _compiled(program: Program) -> Compiled:
-    started_s = time.monotonic()
-    return Compiled(program, program.compile(), time.monotonic() - started_s)
 
 
 def _shape(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED: Final = 130
 
+_COLUMNS: Final = (
+    "compile s",
+    "temp MB",
+    "KV aliased",
+    "KV copies",
+    "GFLOP",
+    "GB",
+    "ms",
+    "per step",
+)
+_FILE_WIDTH: Final = 140
+
 
 def main(settings: Settings) -> int:
     """Compile a deployment; returns the exit code. Raises ConfigError for what the user can mend,
@@ -46,7 +58,7 @@ def main(settings: Settings) -> int:
         return EXIT_INTERRUPTED
     finally:
         progress.close()
-    show(report, Console())
+    show(report, _console())
     if config.json:
         _write(Path(config.json), report)
     if faults := report.faults():
@@ -77,12 +89,12 @@ def prepare_process(topology: Topology) -> None:
 
 def show(report: "DeploymentReport", console: Console) -> None:
     """Print what a deployment takes, per chip and per program."""
+    kernels = ", ".join(f"{operation} {name}" for operation, name in report.kernels.items())
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     _say(
         console,
         f"{report.model}, {report.num_parameters / 1e9:.2f} G parameters in {report.dtype}, on"
-        f" {report.topology}: {report.num_devices} x {report.device}, attention by"
-        f" {report.kernels['paged_attention']}",
+        f" {report.topology}: {report.num_devices} x {report.device}; {kernels}",
     )
     _say(console, f"{len(report.programs)} programs in {report.compile_s:.0f} s; {versions}")
     _show_memory(report, console)
@@ -110,18 +122,15 @@ def _show_memory(report: "DeploymentReport", console: Console) -> None:
     for name, (num_bytes, remark) in rows.items():
         table.add_row(name, f"{num_bytes / 1e9:.2f}", remark)
     table.columns[1].justify = "right"
-    console.print(table, highlight=False, soft_wrap=True)
+    console.print(table, highlight=False)
 
 
 def _show_programs(report: "DeploymentReport", console: Console) -> None:
-    names = ("compile s", "temp MB", "KV aliased", "KV copies", "per step: all-reduce")
-    names += ("other", "GFLOP", "GB", "ms")
     table = Table("program", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, justify="right")
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == _COLUMNS[-1] else "right", no_wrap=True)
     for program in report.programs:
-        others = dict(program.collectives)
-        sums = others.pop("all-reduce", 0)
+        sums = ", ".join(f"{count:g} {name}" for name, count in program.collectives.items())
         cells = [
             f"{program.compile_s:.0f}",
             f"{program.temporary_bytes / 1e6:.0f}",
@@ -130,19 +139,24 @@ def _show_programs(report: "DeploymentReport", console: Console) -> None:
         ]
         if program.step is not None:
             cells += [
-                f"{sums:g}",
-                ", ".join(f"{count:g} {name}" for name, count in others.items()) or "none",
                 f"{program.step.flops / 1e9:.1f}",
                 f"{program.step.num_bytes / 1e9:.2f}",
                 f"{program.step.seconds * 1e3:.2f}",
+                sums or "none",
             ]
         table.add_row(program.name, *cells)
-    console.print(table, highlight=False, soft_wrap=True)
+    console.print(table, highlight=False)
     _say(
         console,
-        f"steps: on one chip, every row over {report.context} tokens, by counting; ms by the"
-        " roofline of the data sheet and assumed efficiencies, not measured",
+        f"a step: of one chip, every row over {report.context} tokens, by counting; ms by the"
+        " roofline of the data sheet with assumed efficiencies, not measured",
     )
+
+
+def _console() -> Console:
+    """Tables are for a file as well, which has no width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
 def _say(console: Console, text: str) -> None:
