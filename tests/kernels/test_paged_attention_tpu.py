@@ -5,10 +5,9 @@ Then compiled by the real TPU compiler, where libtpu is installed; no TPU is nee
 
 import itertools
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +26,6 @@ from jaxserve.kernels.kv_pages import RowPages
 from jaxserve.kernels.paged_attention_tpu import (
     Sizes,
     attend,
-    default_sizes,
     row_lanes,
     unsupported,
 )
@@ -155,7 +153,7 @@ class Batch:
 
 @cache
 def jitted(S: int, window, soft_cap, cores: int, ring: int):
-    """Blocks of two pages. Rows of both cores are visited in an order that the interpreter draws."""
+    """Blocks of two pages; two cores take turns in an order that the interpreter draws."""
     return jax.jit(
         partial(
             attend,
@@ -196,9 +194,7 @@ def test_options_drawn_from_all_agree_with_float64():
 
 
 @settings(max_examples=6)
-@given(
-    seed=st.integers(0, 999), lengths=st.lists(st.integers(0, P * 16), min_size=5, max_size=5)
-)
+@given(seed=st.integers(0, 999), lengths=st.lists(st.integers(0, P * 16), min_size=5, max_size=5))
 @pytest.mark.parametrize("more", [dict(Q=1), dict(Q=16, window=37, cores=2)], ids=name_of)
 def test_ragged_batches_agree_with_float64(more, seed, lengths):
     batch = Batch(lengths, FLOAT32 | more, seed=seed)
@@ -254,7 +250,10 @@ def test_rows_without_whole_lanes_are_refused():
         (dict(), None),
         (dict(head_dim=100), "head_dim: got 100; allowed: multiples of 16 up to 256"),
         (dict(head_dim=512), "head_dim: got 512; allowed"),
-        (dict(page_size=8), "page_size: got 8; allowed for bfloat16 pages on a TPU: 16, 32, 64, 128"),
+        (
+            dict(page_size=8),
+            "page_size: got 8; allowed for bfloat16 pages on a TPU: 16, 32, 64, 128",
+        ),
         (dict(dtype="int8", page_size=64), None),
         (dict(dtype="int8"), "page_size: got 16; allowed for int8 pages on a TPU: 64, 128"),
         (dict(dtype="float16"), "dtype: got float16; allowed: float32, bfloat16, int8, float8"),
@@ -279,6 +278,7 @@ FEW_COMPILED = dict(
     Q=[1, 16],
     window=[None, 4096],
     soft_cap=[None, 30.0],
+    tp=[1, 2],
 )
 ALL_COMPILED = FEW_COMPILED | dict(
     C=[16, 48, 64, 80, 96, 128, 160, 256], S=[16, 32, 64, 128], G=[1, 4, 8], Q=[1, 16, 128]
@@ -300,7 +300,9 @@ def assert_compile(cases: list[dict[str, Any]], rows: dict[str, int]) -> None:
         tokens = rows["B"] * rows["P"] * case["S"]
         query_bytes = rows["B"] * case["Q"] * 2 * case["G"] * row_lanes(case["C"]) * 4
         assert "error" not in answer, (case, answer["error"])
-        assert answer["mosaic"], case
+        narrow = case["dtype"] in ("int8", "float8_e4m3fn")
+        assert answer["kernels"] >= (3 if narrow else 2), (case, answer)
+        assert answer["aliased"] >= 0.99 * 2**31, (case, answer)
         assert answer["temporary"] <= 8 * query_bytes + 2**20, (case, answer)
         assert answer["flops"] >= 4 * tokens * 2 * case["G"] * case["Q"] * case["C"], (case, answer)
         assert answer["bytes"] >= tokens * 4 * case["C"] * jnp.dtype(case["dtype"]).itemsize, case
@@ -319,7 +321,7 @@ def test_every_two_options_together_compile_for_tpus():
 @needs_libtpu
 def test_a_table_beyond_scalar_memory_compiles():
     case = dict(topology="v5e:2x2", dtype="bfloat16", C=128, S=16, G=4, Q=1)
-    assert_compile([case | dict(window=None, soft_cap=None)], dict(B=256, P=2048))
+    assert_compile([case | dict(window=None, soft_cap=None, tp=1)], dict(B=256, P=2048))
 
 
 @needs_libtpu
@@ -327,7 +329,7 @@ def test_a_table_beyond_scalar_memory_compiles():
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("topology", KINDS)
 def test_all_options_compile_for_tpus(topology: str):
-    options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0])
+    options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0], tp=[1])
     names = list(options)
     cases = [dict(zip(names, c, strict=True)) for c in itertools.product(*options.values())]
     assert_compile([case for case in cases if compiles_there(case)], ROWS)
