@@ -67,7 +67,7 @@ def test_copies_may_finish_at_once():
 
 
 def test_runs_longer_than_a_step_of_the_grid():
-    check("float32", 128, prompt([3, 2], 128, 5, 140))
+    check("float32", 128, prompt([3, 2], 128, 90, 160))
 
 
 @pytest.mark.parametrize("tokens", [[(2, 7)], [(9, 7)], [(2, 7), (2, 8)]])
