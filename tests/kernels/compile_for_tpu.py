@@ -21,12 +21,11 @@ from jaxserve.kernels.kv_pages import RowPages
 from jaxserve.kernels.kv_write_tpu import write
 from jaxserve.kernels.paged_attention_tpu import attend, row_lanes
 
-K = 2
 POOL_BYTES = 2 << 30  # sixteen times VMEM, so that a copy of the pool cannot hide there
 
 
 def compile_case(case: dict) -> dict:
-    C, S, G, Q, B, P = (case[name] for name in ("C", "S", "G", "Q", "B", "P"))
+    K, C, S, G, Q, B, P = (case[name] for name in ("K", "C", "S", "G", "Q", "B", "P"))
     topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
     mesh = Mesh(topology.devices[: case["tp"]], "tp")
     dtype, D = jnp.dtype(case["dtype"]), row_lanes(C)
