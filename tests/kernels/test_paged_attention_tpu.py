@@ -26,6 +26,7 @@ from jaxserve.kernels.kv_pages import RowPages
 from jaxserve.kernels.paged_attention_tpu import (
     Sizes,
     attend,
+    default_sizes,
     row_lanes,
     unsupported,
 )
@@ -262,6 +263,21 @@ def test_rows_without_whole_lanes_are_refused():
 def test_what_has_no_kernel_is_named(more, answer):
     why = unsupported(**(dict(head_dim=128, page_size=16, dtype="bfloat16", group=4) | more))
     assert why is None if answer is None else why and answer in why
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, B, sizes",
+    [
+        ("TPU v5 lite", "bfloat16", 8, Sizes(256, 4, 1)),
+        ("TPU v5", "bfloat16", 8, Sizes(512, 4, 2)),
+        ("TPU v5", "bfloat16", 1, Sizes(512, 4, 1)),
+        ("TPU v6 lite", "float32", 8, Sizes(256, 4, 1)),
+        ("TPU of another day", "float32", 8, Sizes(128, 4, 1)),
+    ],
+)
+def test_sizes_follow_the_kind_of_device(kind, dtype, B, sizes):
+    pages = RowPages(jnp.zeros((1, 8, 16, 256), dtype), None)
+    assert default_sizes(pages, B, device_kind=kind) == sizes
 
 
 # -- Compiled for TPUs that are not there ---------------------------------------------------------
