@@ -60,10 +60,11 @@ class Sizes(NamedTuple):
     cores: int
 
 
-# Per device kind: bytes per block, blocks in the ring, cores that share one program. Not measured on
-# a TPU, but read off the compiler's schedules: for 8 kv heads of 128 channels in bfloat16, a block of
-# 128, 256, 512 tokens takes 385, 620, 880 to 1020 instructions, a page 26 and a block about 100 more;
-# memory delivers a token in 7.5 cycles (v5e), 4.4 (v6e), 5.2 (each core of v5p).
+# Per device kind: bytes per block, blocks in the ring, cores that share one program. Not measured
+# on a TPU, but read off the compiler's schedules: for 8 kv heads of 128 channels in bfloat16, a
+# block of 128, 256, 512 tokens takes 385, 620, 880 to 1020 instructions, each page about 25 and
+# each block about 100 more; memory delivers a token in 7.5 cycles (v5e), 4.4 (v6e), 5.2 (a core
+# of v5p).
 _TPU: Final = {
     "TPU v5 lite": (1 << 20, 4, 1),
     "TPU v6 lite": (2 << 20, 4, 1),
@@ -237,7 +238,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM_BYTES,
-            disable_bounds_checks=True,  # page ids are clamped; checks are a third of a copy's start
+            disable_bounds_checks=True,  # page ids are clamped; checks take half of a copy's start
         ),
         # At full tables: how long rows are is not known here.
         cost_estimate=pl.CostEstimate(
