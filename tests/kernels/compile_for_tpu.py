@@ -1,4 +1,6 @@
-"""Compiles paged attention for TPUs that are not there: cases as JSON lines in, answers out.
+"""Compiles what a decoding loop does to pages for TPUs that are not there.
+
+Cases as JSON lines in, answers out: in a donated loop, tokens are written and attended to.
 
 A process of its own, because libtpu must be told before it loads that no TPU is asked for.
 """
@@ -11,53 +13,64 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LI
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.kernels.kv_pages import RowPages
+from jaxserve.kernels.kv_write_tpu import write
 from jaxserve.kernels.paged_attention_tpu import attend, row_lanes
 
-K = 2
+POOL_BYTES = 2 << 30  # sixteen times VMEM, so that a copy of the pool cannot hide there
 
 
 def compile_case(case: dict) -> dict:
-    """Sixteen times more pages than fit VMEM, so that a copy of the pool cannot hide there."""
-    C, S, G, Q, B, P = (case[name] for name in ("C", "S", "G", "Q", "B", "P"))
+    K, C, S, G, Q, B, P = (case[name] for name in ("K", "C", "S", "G", "Q", "B", "P"))
     topology = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"])
-    mesh = Mesh(topology.devices[:1], "x")
-    dtype = jnp.dtype(case["dtype"])
-    bytes_of_page = K * S * row_lanes(C) * dtype.itemsize
-    N = (2 << 30) // bytes_of_page
-
-    def array(shape, dtype):
-        sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
+    mesh = Mesh(topology.devices[: case["tp"]], "tp")
+    dtype, D = jnp.dtype(case["dtype"]), row_lanes(C)
     narrow = dtype.itemsize == 1
+    N = POOL_BYTES // (K * S * D * dtype.itemsize)
+    by_head, whole = PartitionSpec(None, "tp"), PartitionSpec()
+
+    def array(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
     pages = RowPages(
-        array((N, K, S, row_lanes(C)), dtype),
-        array((N, K, 2 * S), jnp.float32) if narrow else None,
+        array((N, K, S, D), dtype, by_head),
+        array((N, K, 2 * S), jnp.float32, by_head) if narrow else None,
     )
     operands = (
-        array((B, Q, K * G, C), jnp.bfloat16 if narrow else dtype),
         pages,
-        array((B, P), jnp.int32),
-        array((B,), jnp.int32),
-        array((B,), jnp.int32),
+        array((B, Q, K * G, C), jnp.bfloat16 if narrow else dtype, PartitionSpec(None, None, "tp")),
+        array((B, K, D), dtype, by_head),
+        array((B, K, 2), jnp.float32, by_head) if narrow else None,
+        array((B, P), jnp.int32, whole),
+        array((B,), jnp.int32, whole),
+        array((), jnp.int32, whole),
     )
+    options = {name: case[name] for name in ("window", "soft_cap")}
 
-    def run(*operands):
-        options = {name: case[name] for name in ("window", "soft_cap")}
-        return attend(*operands, **options, scale=None)
+    def decode(pages, q_BQHC, row_BKD, scale_BK2, table_BP, len_B, steps):
+        def step(i, carry):
+            pages, q_BQHC = carry
+            pages = write(pages, row_BKD, scale_BK2, table_BP[:, 0], (len_B + i) % S)
+            out = attend(q_BQHC, pages, table_BP, len_B + i, len_B, **options, scale=None)
+            return pages, out
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(run).lower(*operands).compile()
-    cost = compiled.cost_analysis()
+        return lax.fori_loop(0, steps, step, (pages, q_BQHC))
+
+    specs = jax.tree.map(lambda x: x.sharding.spec, operands)
+    shard = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(shard, donate_argnums=0).lower(*operands).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
-        "mosaic": "tpu_custom_call" in compiled.as_text(),
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
-        "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
+        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "temporary": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes * case["tp"],
+        "flops": cost["flops"] * case["tp"],
+        "bytes": cost["bytes accessed"] * case["tp"],
     }
 
 
