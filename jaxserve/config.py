@@ -23,6 +23,7 @@ from jaxserve.schedulers.presets import find_preset
 from jaxserve.schedulers.slicing import SliceBounds, Slicing
 
 PREFIX_SCOPES = ("auto", "client", "group", "all")
+KV_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn")
 EXECUTORS = ("jax", "paced", "mock")
 
 
@@ -53,9 +54,11 @@ class CacheConfig:
 
     Long pages are read faster (on CPU, 64 tokens in 4/5 of the time of 32), short ones share
     shorter prefixes. `prefix_scope` auto is `client` where API keys are in use, else `all`.
+    `kv_dtype` is how keys and values are stored, auto being the model's own type.
     """
 
     page_size: int = 64
+    kv_dtype: str = "auto"
     num_pages: int | None = None
     memory_fraction: float = 0.5
     prefix_cache: bool = True
@@ -64,6 +67,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         size = self.page_size
         _require(8 <= size <= 256 and size & (size - 1) == 0, "page_size", size, "8, 16 ... 256")
+        _require(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, ", ".join(KV_DTYPES))
         if self.num_pages is not None:
             _require(self.num_pages >= 2, "num_pages", self.num_pages, "at least 2")
         fraction = self.memory_fraction

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from jaxserve.config import EXECUTORS, PREFIX_SCOPES, EngineConfig, PresetConfig
+from jaxserve.config import EXECUTORS, KV_DTYPES, PREFIX_SCOPES, EngineConfig, PresetConfig
 from jaxserve.report.config import OutputConfig, ReportConfig
 from jaxserve.request import SamplingParams
 from jaxserve.schedulers.catalog import ROUTINGS, SLICINGS, VICTIMS
@@ -27,6 +27,7 @@ from jaxserve.server_config import (
     LOG_LEVELS,
     SAMPLING_DEFAULTS,
     BenchConfig,
+    CompileConfig,
     ConvertConfig,
     GenerateConfig,
     KeyConfig,
@@ -126,7 +127,11 @@ MODEL: Final = Group(
         _engine("model", "model", "demo, random:<shape>, orbax:<directory> or hf:<directory>"),
         _engine("dtype", "dtype", "of weights and activations: auto, float32 or bfloat16"),
         _engine("mesh", "mesh", "tensor parallelism: tp=<devices>, or auto (one per CPU core)"),
-        _engine("kernels", "kernels", "backend of the array operations; auto picks by device"),
+        _engine(
+            "kernels",
+            "kernels",
+            "auto (by device), pallas, pallas_gpu, pallas_tpu, cpu, xla, reference",
+        ),
         _engine("executor", "executor", "what runs a slice", EXECUTORS),
         _engine(
             "profile", "profile", "serving-time profile, by name or file (for --executor=paced)"
@@ -147,6 +152,9 @@ MEMORY: Final = Group(
     "memory",
     (
         _engine("page_size", "cache.page_size", "tokens a KV page holds"),
+        _engine(
+            "kv_dtype", "cache.kv_dtype", "of stored keys and values; auto: --dtype", KV_DTYPES
+        ),
         _engine("num_pages", "cache.num_pages", "KV pages; unset: as memory allows"),
         _engine("kv_memory_fraction", "cache.memory_fraction", "of free memory, for KV pages"),
         _engine("prefix_cache", "cache.prefix_cache", "keep finished prompts' pages for reuse"),
@@ -187,7 +195,8 @@ SCHEDULING: Final = Group(
 )
 FLEET_SCHEDULING: Final = Group("scheduling", (_preset(PRESETS, fill_fleet_preset), *_POLICIES))
 SIMULATED_MEMORY: Final = Group(
-    "memory", tuple(flag for flag in MEMORY.flags if flag.name != "kv_memory_fraction")
+    "memory",
+    tuple(flag for flag in MEMORY.flags if flag.name not in ("kv_memory_fraction", "kv_dtype")),
 )
 SIMULATION: Final = Group(
     "simulated fleet",
@@ -324,6 +333,21 @@ PROGRAMS: Final = Group(
         for flag in SCHEDULING.flags
         if flag.name in ("slice_steps", "max_rows", "max_prefill_tokens")
     ),
+)
+COMPILATION: Final = Group(
+    "compilation",
+    (
+        Flag("topology", CompileConfig, "topology", "chips to compile for, such as v5e:2x2"),
+        Flag("json", CompileConfig, "json", "report in JSON; empty: none"),
+    ),
+)
+COMPILED_MODEL: Final = Group(
+    "model",
+    tuple(flag for flag in MODEL.flags if flag.name in ("model", "dtype", "mesh", "kernels")),
+)
+COMPILED_MEMORY: Final = Group(
+    "memory",
+    tuple(flag for flag in MEMORY.flags if flag.name not in ("prefix_cache", "prefix_scope")),
 )
 SAMPLING: Final = Group(
     "sampling",

@@ -84,6 +84,12 @@ COMMANDS: Final = {
         "jaxserve convert --model=hf:Qwen3-0.6B --output=qwen3",
         (table.CONVERSION,),
     ),
+    "compile": Command(
+        "compile a deployment for TPUs that are not there, and say whether it fits",
+        "jaxserve.server.compile_programs",
+        "jaxserve compile --model=random:llama3-8b --topology=v5e:2x2",
+        (table.COMPILATION, table.COMPILED_MODEL, table.COMPILED_MEMORY, table.PROGRAMS),
+    ),
     "profile": Command(
         "measure how long slices take on this device, for simulations",
         "jaxserve.bench.profile",

@@ -176,6 +176,17 @@ class ProfileConfig:
         _require(read, "live_log", self.live_log, "unset with --computed")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileConfig:
+    """A deployment that is compiled where it will not run: for which chips, and a file to write."""
+
+    topology: str = ""
+    json: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.topology), "topology", self.topology, "one such as v5e:2x2")
+
+
 def _is_number(text: str) -> bool:
     return text.strip().isascii() and text.strip().isdigit()
 

@@ -10,8 +10,8 @@ X blocks taken together  M = G * Q
 
 *A row does not see its neighbours.* Every sum runs over the row's own tokens in their order, and
 what a longer neighbour adds is an exact zero or is never computed. In float32 a row's result has
-the same bits in any batch, for the decode kernel by construction; the dots of the block path go to
-a library whose order may depend on Q and C, but not on B or on the other rows' lengths.
+the same bits in any batch, for decode kernels by construction; the dots of the block path go to a
+library whose order may depend on Q and C, but not on B or on the other rows' lengths.
 
 *Stale pages are harmless.* Slots past a row's length may hold anything, NaN included: their scores
 are replaced, not multiplied by zero, and their values are never read or are replaced too.
@@ -19,21 +19,20 @@ are replaced, not multiplied by zero, and their values are never read or are rep
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from importlib import import_module
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from . import backend as backends
-from .cpu_kernel import one_kernel
-from .kv_pages import KvPages
+from . import paged_attention_cpu
+from .kv_pages import KvPages, Pages, RowPages
 
-# Slots and channels are taken 8 at a time in the decode kernel: 8 products are chained in registers
-# between two visits to the accumulator. 4 compiles faster, 16 runs no faster (measured, AVX-512).
-_UNROLL: Final = 8
 # Tokens per step of the block path: a score tile of 128 keys stays in the cache.
 _CHUNK_TOKENS: Final = 128
 # Query blocks per step of the block path: enough for a batched dot, few enough that blocks of
@@ -42,8 +41,119 @@ _GROUP_BLOCKS: Final = 4
 _LOWEST: Final = float(np.finfo(np.float32).min)
 
 
+def paged_attention(
+    q_BQHC: Float[Array, "B Q H C"],
+    pages: Pages,
+    table_BP: Int[Array, "B P"],
+    len_B: Int[Array, " B"],
+    start_B: Int[Array, " B"],
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B Q H C"]:
+    """Attend from blocks of consecutive queries to the pages of their rows; returns out_BQHC.
+
+    Block b belongs to a row that holds `len_B[b]` keys, on the pages of `table_BP[b]` in order, the
+    block's own keys included. Its query i stands at position `start_B[b] + i` and sees the keys at
+    positions 0..start+i, never past the length; queries at or past the length are padding, and
+    what is returned for them is finite and means nothing. A block of length 0 returns zeros.
+    With a `window`, position p sees the `window` newest keys up to its own (Beltagy et al. 2020).
+    Query head h reads kv head h // G. Scores are scaled by `scale` (default: C ** -0.5) and then,
+    with a `soft_cap`, bent to cap * tanh(score / cap) (Gemma 2). The softmax and all sums are
+    float32, whatever the types of queries and pages. A page id outside 0..N-1 is read as some page
+    of the pool; entries of the table past a row's length mean nothing.
+
+    `backend` is a name of backend.py. The decode kernel of `cpu` reads `KvPages` and the Pallas
+    kernels `RowPages`; `xla` and `reference` read either.
+
+    Raises ValueError when sizes disagree, the backend is unknown or does not read such pages.
+    Source: Kwon et al. 2023 (PagedAttention); the running softmax is Milakov and Gimelshein 2018.
+    """
+    H, C = q_BQHC.shape[2:]
+    K, most = pages.num_kv_heads, pages.most_channels
+    if H % K or (C > most if isinstance(pages, RowPages) else C != most):
+        raise ValueError(
+            f"pages hold {K} kv heads of {most} channels, got {H} query heads of {C};"
+            " heads must be a multiple of the kv heads, and channels equal"
+        )
+    name = backends.resolve(backend)
+    wanted = _LAYOUTS[name]
+    if not isinstance(pages, wanted):
+        raise ValueError(
+            f"kernel backend {name!r} reads {wanted.__name__}, got {type(pages).__name__};"
+            f" {backends.XLA!r} reads either"
+        )
+    attend = _find(name, one_query=q_BQHC.shape[1] == 1)
+    options = {"window": window, "soft_cap": soft_cap, "scale": C**-0.5 if scale is None else scale}
+    return attend(q_BQHC, pages, table_BP, len_B, start_B, **options)
+
+
+_LAYOUTS: Final[dict[str, Any]] = {
+    backends.CPU: KvPages,
+    backends.PALLAS_GPU: RowPages,
+    backends.PALLAS_TPU: RowPages,
+    backends.XLA: Pages,
+    backends.REFERENCE: Pages,
+}
+_MODULES: Final = {
+    backends.PALLAS_GPU: ".paged_attention_gpu",
+    backends.PALLAS_TPU: ".paged_attention_tpu",
+}
+
+
+def _find(backend: str, *, one_query: bool) -> Callable[..., Any]:
+    """The function behind a resolved backend. Pallas is imported where it is chosen, not before."""
+    match backend:
+        case backends.REFERENCE:
+            return paged_attention_reference
+        case backends.CPU if one_query:
+            return paged_attention_cpu.attend
+        case backends.PALLAS_GPU | backends.PALLAS_TPU:
+            interpret = backends.is_interpreted(backend)
+            return partial(_pallas(backend).attend, interpret=interpret)
+        case _:
+            return _attend_blocks
+
+
+def _pallas(backend: str) -> Any:
+    return import_module(_MODULES[backend], __package__)
+
+
+def unsupported(
+    backend: str, *, head_dim: int, page_size: int, dtype: DTypeLike, group: int
+) -> str | None:
+    """Say what of this a resolved backend has no kernel for, and what it has; None: all is well."""
+    sizes: dict[str, Any] = {"head_dim": head_dim, "page_size": page_size}
+    sizes |= {"dtype": dtype, "group": group}
+    match backend:
+        case backends.CPU:
+            return paged_attention_cpu.unsupported(**sizes)
+        case backends.PALLAS_GPU | backends.PALLAS_TPU:
+            return _pallas(backend).unsupported(**sizes)
+        case _:
+            return None
+
+
+def reads_rows(backend: str) -> bool:
+    """Whether pages for a resolved backend are best made as `RowPages`: for all but `cpu`."""
+    return backend != backends.CPU
+
+
+# -- Reference: whole rows at once -----------------------------------------------------------
+
+
 def paged_attention_reference(
-    q_BQHC: Any, pages: Any, table_BP: Any, len_B: Any, start_B: Any, *, window: int | None = None
+    q_BQHC: Any,
+    pages: Any,
+    table_BP: Any,
+    len_B: Any,
+    start_B: Any,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
 ):
     """What the operation means, for numpy or jax arrays; see `paged_attention`.
 
@@ -51,15 +161,18 @@ def paged_attention_reference(
     operands give a float64 answer.
     """
     xp = jnp if isinstance(q_BQHC, jax.Array) else np
-    K, _, S = pages.k_NKCS.shape[1:]
+    K = pages.num_kv_heads
     B, Q, H, C = q_BQHC.shape
-    T = table_BP.shape[1] * S
     acc = np.result_type(q_BQHC.dtype, np.float32)
-    N = pages.k_NKCS.shape[0]
-    id_BP = xp.clip(table_BP, 0, N - 1)
-    k_BTKC = pages.k_NKCS[id_BP].transpose(0, 1, 4, 2, 3).reshape(B, T, K, C).astype(acc)
-    v_BTKC = pages.v_NKSC[id_BP].transpose(0, 1, 3, 2, 4).reshape(B, T, K, C).astype(acc)
-    q_BQKGC = q_BQHC.reshape(B, Q, K, H // K, C).astype(acc) * C**-0.5
+    chunk = _read(pages, xp.clip(table_BP, 0, pages.num_pages - 1), C, acc)
+    T = table_BP.shape[1] * pages.page_size
+    k_BKCT = chunk.k_XRKCS.transpose(0, 2, 3, 1, 4).reshape(B, K, C, T)
+    v_BKTC = chunk.v_XRKSC.transpose(0, 2, 1, 3, 4).reshape(B, K, T, C)
+    if chunk.k_scale_XRKS is not None:
+        k_BKCT = k_BKCT * chunk.k_scale_XRKS.swapaxes(1, 2).reshape(B, K, 1, T)
+        v_BKTC = v_BKTC * chunk.v_scale_XRKS.swapaxes(1, 2).reshape(B, K, T, 1)
+    q_BQKGC = q_BQHC.reshape(B, Q, K, H // K, C).astype(acc)
+    q_BQKGC = q_BQKGC * (C**-0.5 if scale is None else scale)
 
     last_BQ = start_B[:, None] + xp.arange(Q)[None, :]
     last_BQ = xp.minimum(last_BQ, len_B[:, None] - 1)
@@ -67,26 +180,69 @@ def paged_attention_reference(
     if window is not None:
         visible_BQT &= xp.arange(T)[None, None, :] > last_BQ[:, :, None] - window
     seen_BT = visible_BQT.any(axis=1)
-    k_BTKC = xp.where(seen_BT[:, :, None, None], k_BTKC, 0)
-    v_BTKC = xp.where(seen_BT[:, :, None, None], v_BTKC, 0)
-    s_BKGQT = xp.einsum("bqkgc,btkc->bkgqt", q_BQKGC, k_BTKC)
+    k_BKCT = xp.where(seen_BT[:, None, None, :], k_BKCT, 0)
+    v_BKTC = xp.where(seen_BT[:, None, :, None], v_BKTC, 0)
+    s_BKGQT = xp.einsum("bqkgc,bkct->bkgqt", q_BQKGC, k_BKCT, **_exactly(xp))
+    if soft_cap is not None:
+        s_BKGQT = soft_cap * xp.tanh(s_BKGQT / soft_cap)
     s_BKGQT = xp.where(visible_BQT[:, None, None], s_BKGQT, _LOWEST)
     e_BKGQT = xp.exp(s_BKGQT - s_BKGQT.max(axis=-1, keepdims=True))
     e_BKGQT = xp.where(visible_BQT[:, None, None], e_BKGQT, 0)
     sum_BKGQ1 = e_BKGQT.sum(axis=-1, keepdims=True)
     p_BKGQT = e_BKGQT / xp.where(sum_BKGQ1 > 0, sum_BKGQ1, 1)
-    o_BQKGC = xp.einsum("bkgqt,btkc->bqkgc", p_BKGQT, v_BTKC)
+    o_BQKGC = xp.einsum("bkgqt,bktc->bqkgc", p_BKGQT, v_BKTC, **_exactly(xp))
     return o_BQKGC.reshape(B, Q, H, C).astype(q_BQHC.dtype)
+
+
+def _exactly(xp: Any) -> dict[str, Any]:
+    return {"precision": lax.Precision.HIGHEST} if xp is jnp else {}
+
+
+class _Chunk(NamedTuple):
+    """Some pages of some rows, as both products want them; scales where they are quantised."""
+
+    k_XRKCS: Any
+    v_XRKSC: Any
+    k_scale_XRKS: Any
+    v_scale_XRKS: Any
+
+
+def _read(pages: Pages, id_XR: Any, C: int, dtype: Any) -> _Chunk:
+    """Pages by id, for numpy or jax arrays, as stored but in `dtype`. Ids outside are clipped."""
+
+    def at(pool: Any) -> Any:
+        return pool.at[id_XR].get(mode="clip") if isinstance(pool, jax.Array) else pool[id_XR]
+
+    if isinstance(pages, KvPages):
+        k_XRKCS, v_XRKSC = at(pages.k_NKCS).astype(dtype), at(pages.v_NKSC).astype(dtype)
+        return _Chunk(k_XRKCS, v_XRKSC, None, None)
+    kv_XRKSD = at(pages.kv_NKSD).astype(dtype)
+    S = pages.page_size
+    k_XRKCS, v_XRKSC = kv_XRKSD[..., :C].swapaxes(-1, -2), kv_XRKSD[..., C : 2 * C]
+    if pages.scale_NKZ is None:
+        return _Chunk(k_XRKCS, v_XRKSC, None, None)
+    scale_XRKZ = at(pages.scale_NKZ).astype(dtype)
+    return _Chunk(k_XRKCS, v_XRKSC, scale_XRKZ[..., :S], scale_XRKZ[..., S:])
 
 
 # -- Block path: any platform, any number of queries --------------------------------------------
 
 
-def _attend_blocks(q_BQHC, pages: KvPages, table_BP, len_B, start_B, *, window: int | None):
+def _attend_blocks(
+    q_BQHC,
+    pages: Pages,
+    table_BP,
+    len_B,
+    start_B,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    scale: float,
+):
     """Groups of blocks in turn; in each, a running softmax over chunks of pages."""
     B, Q, H, C = q_BQHC.shape
-    K = pages.k_NKCS.shape[1]
-    on_cpu = jax.default_backend() == "cpu"
+    K = pages.num_kv_heads
+    on_cpu = backends.target_platform() == "cpu"
     X = min(B, _GROUP_BLOCKS) if on_cpu else B
     R = max(1, min(table_BP.shape[1], _CHUNK_TOKENS // pages.page_size))
 
@@ -96,12 +252,17 @@ def _attend_blocks(q_BQHC, pages: KvPages, table_BP, len_B, start_B, *, window: 
         return jnp.pad(x, widths)
 
     q_BKMC = q_BQHC.reshape(B, Q, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
-    q_BKMC = q_BKMC.astype(jnp.float32) * C**-0.5
+    q_BKMC = q_BKMC.astype(jnp.float32) * scale
     operands = (q_BKMC, padded(table_BP, 1, R), len_B, start_B)
     groups = [padded(x, 0, X).reshape(-1, X, *x.shape[1:]) for x in operands]
 
+    # Accelerators multiply float32 in fewer bits unless told otherwise; a CPU has no other way.
+    exact = q_BQHC.dtype == jnp.float32 and not on_cpu
+    precision = lax.Precision.HIGHEST if exact else None
+    options = {"R": R, "window": window, "soft_cap": soft_cap, "precision": precision}
+
     def one_group(group):
-        return _attend_group(*group, pages=pages, Q=Q, R=R, window=window)
+        return _attend_group(*group, pages=pages, Q=Q, **options)
 
     o_BKMC = lax.map(one_group, tuple(groups)).reshape(-1, *q_BKMC.shape[1:])[:B]
     o_BQKGC = o_BKMC.reshape(B, K, H // K, Q, C).transpose(0, 3, 1, 2, 4)
@@ -109,7 +270,17 @@ def _attend_blocks(q_BQHC, pages: KvPages, table_BP, len_B, start_B, *, window: 
 
 
 def _attend_group(
-    q_XKMC, table_XP, len_X, start_X, *, pages: KvPages, Q: int, R: int, window: int | None
+    q_XKMC,
+    table_XP,
+    len_X,
+    start_X,
+    *,
+    pages: Pages,
+    Q: int,
+    R: int,
+    window: int | None,
+    soft_cap: float | None,
+    precision: Any,
 ):
     """Blocks side by side, as many chunks as the longest of them needs."""
     S = pages.page_size
@@ -124,13 +295,18 @@ def _attend_group(
     def chunk(j, carry):
         m_XKM1, l_XKM1, o_XKMC = carry
         id_XR = lax.dynamic_slice_in_dim(table_XP, j * R, R, axis=1)
-        k_XRKCS = pages.k_NKCS.at[id_XR].get(mode="clip").astype(jnp.float32)
-        v_XRKSC = pages.v_NKSC.at[id_XR].get(mode="clip").astype(jnp.float32)
+        k_XRKCS, v_XRKSC, k_scale_XRKS, v_scale_XRKS = _read(
+            pages, id_XR, q_XKMC.shape[-1], jnp.float32
+        )
         at_RS = j * R * S + jnp.arange(R * S, dtype=jnp.int32).reshape(R, S)
         visible_XMRS = at_RS[None, None] <= last_XM[:, :, None, None]
         if window is not None:
             visible_XMRS &= at_RS[None, None] > last_XM[:, :, None, None] - window
-        s_XKMRS = jnp.einsum("xkmc,xrkcs->xkmrs", q_XKMC, k_XRKCS)
+        s_XKMRS = jnp.einsum("xkmc,xrkcs->xkmrs", q_XKMC, k_XRKCS, precision=precision)
+        if k_scale_XRKS is not None:
+            s_XKMRS *= k_scale_XRKS.swapaxes(1, 2)[:, :, None]
+        if soft_cap is not None:
+            s_XKMRS = soft_cap * jnp.tanh(s_XKMRS / soft_cap)
         s_XKMRS = jnp.where(visible_XMRS[:, None], s_XKMRS, -jnp.inf)
         # `m` starts at the lowest number, not at -inf: -inf - -inf would be NaN.
         new_m_XKM1 = jnp.maximum(m_XKM1, s_XKMRS.max((-2, -1))[..., None])
@@ -139,147 +315,13 @@ def _attend_group(
         kept_XRS = at_RS[None] < len_X[:, None, None]
         v_XRKSC = jnp.where(kept_XRS[:, :, None, :, None], v_XRKSC, 0)
         l_XKM1 = l_XKM1 * shrink_XKM1 + p_XKMRS.sum((-2, -1))[..., None]
-        o_XKMC = o_XKMC * shrink_XKM1 + jnp.einsum("xkmrs,xrksc->xkmc", p_XKMRS, v_XRKSC)
+        if v_scale_XRKS is not None:
+            p_XKMRS *= jnp.where(kept_XRS[:, :, None], v_scale_XRKS, 0).swapaxes(1, 2)[:, :, None]
+        pv_XKMC = jnp.einsum("xkmrs,xrksc->xkmc", p_XKMRS, v_XRKSC, precision=precision)
+        o_XKMC = o_XKMC * shrink_XKM1 + pv_XKMC
         return new_m_XKM1, l_XKM1, o_XKMC
 
     zero_XKM1 = jnp.zeros((*q_XKMC.shape[:3], 1), jnp.float32)
     start = (zero_XKM1 + _LOWEST, zero_XKM1, jnp.zeros_like(q_XKMC))
     _, l_XKM1, o_XKMC = lax.fori_loop(first_chunk, num_chunks, chunk, start)
     return o_XKMC / jnp.where(l_XKM1 > 0, l_XKM1, 1)
-
-
-# -- Decode path for CPUs: one query per row ----------------------------------------------------
-
-
-def _attend_cpu(q_BQHC, pages: KvPages, table_BP, len_B, start_B, *, window: int | None):
-    """One query per row: one native kernel, on one thread; tensor parallelism brings more."""
-    B, Q, H, C = q_BQHC.shape
-    if Q > 1:
-        return _attend_blocks(q_BQHC, pages, table_BP, len_B, start_B, window=window)
-    K = pages.k_NKCS.shape[1]
-    q_BKGC = q_BQHC.reshape(B, K, H // K, C).astype(jnp.float32) * C**-0.5
-    visible_B = jnp.clip(jnp.minimum(len_B, start_B + 1), 0)
-    o_BKGC = one_kernel(partial(_decode, window=window), q_BKGC, pages, table_BP, visible_B)
-    return o_BKGC.reshape(B, 1, H, C).astype(q_BQHC.dtype)
-
-
-def _decode(q_BKGC, pages: KvPages, table_BP, len_B, *, window: int | None):
-    """Row by row and head by head: all scores, then their softmax while values are summed.
-
-    Written for `one_kernel`: `lax` only, elementwise work in plain loops, no reductions. Sums over
-    S or C are chains of 8 products, which keeps pages in vector registers.
-    """
-    B, K, G, C = q_BKGC.shape
-    P, S = table_BP.shape[1], pages.page_size
-    slot_GS = lax.broadcasted_iota(jnp.int32, (G, S), 1)
-    lowest_GS = jnp.full((G, S), -jnp.inf, jnp.float32)
-    take = partial(lax.dynamic_slice, allow_negative_indices=False)
-    put = partial(lax.dynamic_update_slice, allow_negative_indices=False)
-
-    def one(row_and_head, carry):
-        out_BKGC, s_PGS = carry
-        b, k = lax.div(row_and_head, jnp.int32(K)), lax.rem(row_and_head, jnp.int32(K))
-        len_ = take(len_B, (b,), (1,))[0]
-        q_GC = take(q_BKGC, (b, k, 0, 0), (1, 1, G, C))[0, 0]
-        num_pages = lax.div(len_ + (S - 1), jnp.int32(S))
-        first_key = jnp.int32(0) if window is None else lax.max(len_ - window, jnp.int32(0))
-        first_page = lax.div(first_key, jnp.int32(S))
-
-        def score_page(j, carry):
-            s_PGS, m_GS = carry
-            page = take(table_BP, (b, j), (1, 1))[0, 0]
-
-            def channels(i, s_GS):
-                for c in range(_UNROLL):
-                    c = i * _UNROLL + c
-                    k_S = take(pages.k_NKCS, (page, k, c, 0), (1, 1, 1, S))[0, 0, 0]
-                    q_G = take(q_GC, (0, c), (G, 1))[:, 0]
-                    s_GS += q_G[:, None] * k_S[None, :].astype(jnp.float32)
-                return s_GS
-
-            s_GS = lax.fori_loop(0, C // _UNROLL, channels, jnp.zeros((G, S), jnp.float32))
-            visible_GS = slot_GS < len_ - j * S
-            if window is not None:
-                visible_GS &= slot_GS >= first_key - j * S
-            s_GS = lax.select(visible_GS, s_GS, lowest_GS)
-            return put(s_PGS, s_GS[None], (j, 0, 0)), lax.max(m_GS, s_GS)
-
-        s_PGS, m_GS = lax.fori_loop(first_page, num_pages, score_page, (s_PGS, lowest_GS))
-        m_GS = lax.broadcast_in_dim(_fold(lax.max, m_GS)[:, 0], (G, S), (0,))
-
-        def sum_page(j, carry):
-            l_GS, o_GC = carry
-            page = take(table_BP, (b, j), (1, 1))[0, 0]
-            p_GS = lax.exp(take(s_PGS, (j, 0, 0), (1, G, S))[0] - m_GS)
-
-            def slots(start, count, o_GC):
-                for s in range(count):
-                    s = start + s
-                    v_C = take(pages.v_NKSC, (page, k, s, 0), (1, 1, 1, C))[0, 0, 0]
-                    p_G = take(p_GS, (0, s), (G, 1))[:, 0]
-                    o_GC += p_G[:, None] * v_C[None, :].astype(jnp.float32)
-                return o_GC
-
-            # Whole blocks, then single slots up to the row's length: stale slots are not read.
-            kept = lax.min(len_ - j * S, jnp.int32(S))
-            blocks = lax.div(kept, jnp.int32(_UNROLL))
-            o_GC = lax.fori_loop(0, blocks, lambda i, o_GC: slots(i * _UNROLL, _UNROLL, o_GC), o_GC)
-            o_GC = lax.fori_loop(blocks * _UNROLL, kept, lambda s, o_GC: slots(s, 1, o_GC), o_GC)
-            return l_GS + p_GS, o_GC
-
-        nothing = (jnp.zeros((G, S), jnp.float32), jnp.zeros((G, C), jnp.float32))
-        l_GS, o_GC = lax.fori_loop(first_page, num_pages, sum_page, nothing)
-        l_G1 = _fold(lax.add, l_GS)
-        o_GC = o_GC / lax.select(l_G1 > 0, l_G1, lax.full_like(l_G1, 1))
-        return put(out_BKGC, o_GC[None, None], (b, k, 0, 0)), s_PGS
-
-    scratch = jnp.zeros((P, G, S), jnp.float32)
-    return lax.fori_loop(0, B * K, one, (jnp.zeros_like(q_BKGC), scratch))[0]
-
-
-def _fold(combine: Callable[..., Any], x_GS):
-    """Combine the last axis into one element by halves, without a reduction."""
-    while (half := x_GS.shape[-1] // 2) > 0:
-        x_GS = combine(x_GS[..., :half], x_GS[..., half:])
-    return x_GS
-
-
-_BACKENDS: Final = {
-    "reference": paged_attention_reference,
-    "xla": _attend_blocks,
-    "cpu": _attend_cpu,
-}
-
-
-def paged_attention(
-    q_BQHC: Float[Array, "B Q H C"],
-    pages: KvPages,
-    table_BP: Int[Array, "B P"],
-    len_B: Int[Array, " B"],
-    start_B: Int[Array, " B"],
-    *,
-    window: int | None = None,
-    backend: str = "auto",
-) -> Float[Array, "B Q H C"]:
-    """Attend from blocks of consecutive queries to the pages of their rows; returns out_BQHC.
-
-    Block b belongs to a row that holds `len_B[b]` keys, on the pages of `table_BP[b]` in order, the
-    block's own keys included. Its query i stands at position `start_B[b] + i` and sees the keys at
-    positions 0..start+i, never past the length; queries at or past the length are padding, and
-    what is returned for them is finite and means nothing. A block of length 0 returns zeros.
-    With a `window`, position p sees the `window` newest keys up to its own (Beltagy et al. 2020).
-    Query head h reads kv head h // G. Scores are scaled by C ** -0.5; the softmax and all sums are
-    float32, whatever the types of queries and pages.
-
-    Raises ValueError when sizes disagree or the backend is unknown.
-    Source: Kwon et al. 2023 (PagedAttention); the running softmax is Milakov and Gimelshein 2018.
-    """
-    _, K, C, _ = pages.k_NKCS.shape
-    H = q_BQHC.shape[2]
-    if q_BQHC.shape[3] != C or H % K:
-        raise ValueError(
-            f"pages hold {K} kv heads of {C} channels, got {H} query heads of {q_BQHC.shape[3]};"
-            " heads must be a multiple of the kv heads, and channels equal"
-        )
-    attend = _BACKENDS[backends.resolve(backend)]
-    return attend(q_BQHC, pages, table_BP, len_B, start_B, window=window)

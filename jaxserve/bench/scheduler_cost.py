@@ -190,7 +190,9 @@ def _run(
     table_pages = core.config.limits.max_context // PAGE_SIZE + 1
     steps = core.config.scheduler.slice_steps
     shape = BatchShape(tile=32, table_pages=table_pages, step_buffer=steps, max_rows=ROWS)
-    packer = Packer(shape, (Bucket(ROWS, 0), Bucket(ROWS, 2048)))
+    buckets = (Bucket(ROWS, 0), Bucket(ROWS, 2048))
+    num_pages = core.config.num_pages
+    packer = Packer(shape, buckets, num_pages=num_pages, page_size=PAGE_SIZE)
     order_s: list[float] = []
     cycle_s: list[float] = []
     warm, num_arrived = WARM_STEPS // steps, 0

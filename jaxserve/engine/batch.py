@@ -89,10 +89,16 @@ def split(buffer, bucket: Bucket, shape: BatchShape):
 
 class Packer:
     """Packs plans. Keeps each slot's sampling record and page-table row, so that a decoding row
-    costs a copy of what is already there."""
+    costs a copy of what is already there.
 
-    def __init__(self, shape: BatchShape, buckets: tuple[Bucket, ...]):
-        self._shape = shape
+    What it packs, the device reads and writes unasked: so pages must be among the pool's
+    `num_pages`, and no row may reach beyond the tokens that its pages hold.
+    """
+
+    def __init__(
+        self, shape: BatchShape, buckets: tuple[Bucket, ...], *, num_pages: int, page_size: int
+    ):
+        self._shape, self._num_pages, self._page_size = shape, num_pages, page_size
         self._buckets = Buckets(buckets, tile=shape.tile)
         slots = shape.max_rows
         self._records = np.zeros((slots, len(ROW_FIELDS)), np.int32)
@@ -111,12 +117,14 @@ class Packer:
     def pack(self, plan: SlicePlan) -> tuple[Bucket, np.ndarray, np.ndarray]:
         """The bucket, the packed buffer, and the order: `order[i]` is the plan's row in place i.
 
-        Rows go longest first, which is how the attention over pages wants them.
+        Rows go longest first, which is how the attention over pages wants them. Raises ValueError
+        for a plan that no bucket holds, or that would reach outside the pool or a row's own pages.
         """
         bucket = self.bucket(plan)
         buffer = np.zeros(self._shape.size(bucket), np.int32)
         header, rows, stop, tables, tiles, tokens = split(buffer, bucket, self._shape)
         cover_B = np.array([row.cover for row in plan.rows], np.int32)
+        self._check_cover(plan, cover_B)
         order = np.argsort(-cover_B, kind="stable")
         num_rows = order.size
         slots = np.array([row.slot for row in plan.rows], np.intp)[order]
@@ -159,9 +167,28 @@ class Packer:
         """Whether a row of the plan asked for log-probabilities."""
         return bool(self._logprobs[[row.slot for row in plan.rows]].any())
 
+    def _check_cover(self, plan: SlicePlan, cover_B: np.ndarray) -> None:
+        held_B = self._page_size * np.array([len(row.pages) for row in plan.rows])
+        end_B = [
+            0 if row.chunk is None else row.chunk.start + row.chunk.tokens.size for row in plan.rows
+        ]
+        wanted_B = np.maximum(cover_B, end_B)
+        if (wanted_B > held_B).any():
+            b = int(np.argmax(wanted_B - held_B))
+            raise ValueError(
+                f"slot {plan.rows[b].slot}: {wanted_B[b]} tokens on pages for {held_B[b]}"
+            )
+
     def _grow_table(self, row: RowPlan) -> None:
         known, pages = self._greatest[row.slot], row.pages
-        self._tables[row.slot, known : len(pages)] = pages[known:]
+        if len(pages) > self._shape.table_pages:
+            raise ValueError(
+                f"slot {row.slot}: {len(pages)} pages, a page table has {self._shape.table_pages}"
+            )
+        added = pages[known:]
+        if min(added) < 0 or max(added) >= self._num_pages:
+            raise ValueError(f"slot {row.slot}: pages {added}, the pool has {self._num_pages}")
+        self._tables[row.slot, known : len(pages)] = added
         self._greatest[row.slot] = len(pages)
 
     def _set_record(self, slot: int, start: RowStart) -> None:

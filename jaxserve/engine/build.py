@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
+from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket, Buckets, make_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
@@ -118,26 +119,33 @@ def serving_buckets(config: EngineConfig) -> tuple[Bucket, ...]:
     return make_buckets(config.scheduler.max_rows, max_tiles)
 
 
+def serving_shape(config: EngineConfig, model: ModelConfig) -> BatchShape:
+    """The sizes that the programs of a deployment share."""
+    return BatchShape(
+        tile=TILE,
+        table_pages=-(-model.max_context // config.cache.page_size),
+        step_buffer=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
+        max_rows=config.scheduler.max_rows,
+    )
+
+
 def build_jax(
     config: EngineConfig, source: ModelSource, model: ModelConfig, progress
 ) -> tuple[Executor, ModelInfo, Callable[[], Compiles]]:
     import jax
-    import jax.numpy as jnp
 
-    from jaxserve.engine.batch import BatchShape
     from jaxserve.engine.compile_count import CompileCount
     from jaxserve.engine.devices import open_mesh
     from jaxserve.engine.jax_executor import JaxExecutor
-    from jaxserve.kernels.backend import resolve
+    from jaxserve.engine.kernel_choice import choose_kernels
+    from jaxserve.models.partition import spread_config
 
     count = CompileCount()
     mesh = open_mesh(config.mesh, model)
     device = jax.devices()[0]
-    try:
-        attention = resolve(config.kernels)
-    except ValueError as error:
-        raise ConfigError(f"kernels: {error}") from error
-    dtype = _dtype(config, device.platform)
+    dtype = serving_dtype(config, device.platform)
+    held = spread_config(model, mesh.size)
+    kernels = choose_kernels(config, held, dtype=dtype, device=device)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
     weights = load_weights(
@@ -148,23 +156,21 @@ def build_jax(
         f" {mesh.size} x {device.device_kind}"
     )
     page_size = config.cache.page_size
-    num_pages = _num_pages(config, model, jnp.dtype(dtype).itemsize, mesh)
-    shape = BatchShape(
-        tile=TILE,
-        table_pages=-(-model.max_context // page_size),
-        step_buffer=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
-        max_rows=config.scheduler.max_rows,
-    )
+    token_bytes = kernels.bytes_per_token(held, page_size)
+    num_pages = serving_pages(config, held, token_bytes, lambda: _free_bytes(mesh))
+    kernels.check_pool(held, num_pages, page_size, num_devices=mesh.size)
+    progress(f"kernels: {kernels}")
     executor = JaxExecutor(
         model,
         weights,
         mesh=mesh,
-        shape=shape,
+        shape=serving_shape(config, model),
         buckets=serving_buckets(config),
         num_pages=num_pages,
         page_size=page_size,
-        kernels=config.kernels,
+        kernels=kernels.attention,
         dtype=dtype,
+        kv_dtype=kernels.kv_dtype,
     )
     executor.compile_all(progress, threads=max(2, len(os.sched_getaffinity(0))))
     info = ModelInfo(
@@ -175,7 +181,7 @@ def build_jax(
         num_pages=num_pages,
         page_size=page_size,
         programs=executor.num_programs,
-        kernels={"paged_attention": attention},
+        kernels=kernels.names(),
         platform=device.platform,
         device_kind=device.device_kind,
         num_devices=mesh.size,
@@ -184,7 +190,8 @@ def build_jax(
     return executor, info, count.compiles
 
 
-def _dtype(config: EngineConfig, platform: str) -> str:
+def serving_dtype(config: EngineConfig, platform: str) -> str:
+    """Of weights and activations, `auto` decided."""
     if config.dtype != "auto":
         return config.dtype
     return "float32" if platform == "cpu" else "bfloat16"
@@ -207,24 +214,33 @@ def _pages_rows_can_use(config: EngineConfig, model: ModelConfig) -> int:
     return config.scheduler.max_rows * -(-model.max_context // config.cache.page_size)
 
 
-def _num_pages(config: EngineConfig, model: ModelConfig, value_bytes: int, mesh) -> int:
-    """As many pages as `memory_fraction` of free memory holds, and rows can use."""
+def serving_pages(
+    config: EngineConfig,
+    held: ModelConfig,
+    bytes_per_token: int,
+    free_bytes_of: Callable[[], int],
+) -> int:
+    """As many pages as `memory_fraction` of free memory holds, and rows can use.
+
+    `held` is the model as it is spread over its devices, whose free bytes are asked for unless the
+    pages were chosen. Raises ConfigError when fewer than two fit.
+    """
     if config.cache.num_pages is not None:
         return config.cache.num_pages
-    free_bytes = _free_bytes(mesh)
+    free_bytes = free_bytes_of()
     fit = KvMemory.within(
         free_bytes,
         config.cache.memory_fraction,
         page_size=config.cache.page_size,
-        bytes_per_token=model.kv_bytes_per_token(value_bytes),
+        bytes_per_token=bytes_per_token,
     )
     if fit.num_pages < 2:
         raise ConfigError(
             f"kv_memory_fraction: {config.cache.memory_fraction} of {free_bytes / 2**20:.0f} MiB"
             f" free holds {fit.num_pages} pages of {fit.page_bytes / 2**20:.2f} MiB, at least 2 are"
-            " needed; lower --page_size or use a smaller model or --dtype=bfloat16"
+            " needed; lower --page_size or use a smaller model or --kv_dtype=bfloat16"
         )
-    return min(fit.num_pages, _pages_rows_can_use(config, model))
+    return min(fit.num_pages, _pages_rows_can_use(config, held))
 
 
 def _free_bytes(mesh) -> int:

@@ -17,8 +17,9 @@ def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
     """The devices of `mesh`: `tp=N`, or `auto`.
 
     On a CPU the devices are made here: each is a thread of its own that runs its share of the
-    program, and `auto` takes one per core, as far as the model can be cut. On accelerators `auto`
-    is one device. Raises ConfigError when the model cannot be cut so or devices are missing.
+    program, and `auto` takes one per core, as far as the model can be cut and no kv head is held
+    twice. On accelerators `auto` is one device. Raises ConfigError when the model cannot be cut so
+    or devices are missing.
     """
     wanted = None if mesh == "auto" else int(mesh.removeprefix("tp="))
     share_of(config, wanted or 1)

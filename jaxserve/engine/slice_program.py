@@ -23,8 +23,9 @@ from jaxserve.engine.batch import DECODE, FIELD, IDLE, START, BatchShape, split
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.plan import Code
 from jaxserve.kernels import sampling
-from jaxserve.kernels.kv_pages import KvPages, write_kv
-from jaxserve.kernels.paged_attention import paged_attention
+from jaxserve.kernels.kv_pages import Pages
+from jaxserve.kernels.kv_write import write_kv
+from jaxserve.kernels.ragged_attention import Tiles, ragged_attention
 from jaxserve.models.decoder import Decoder
 
 
@@ -37,7 +38,7 @@ class DeviceState(NamedTuple):
     how; `bias_RV`: added to logits).
     """
 
-    pages: KvPages
+    pages: Pages
     last_token_R: Array
     length_R: Array
     done_R: Array
@@ -59,7 +60,7 @@ class _Loop(NamedTuple):
     """What the decode loop carries."""
 
     step: Array
-    pages: KvPages
+    pages: Pages
     counts_RV: Array
     token_B: Array
     length_B: Array
@@ -79,18 +80,22 @@ class SliceProgram:
 
     decoder_def: nnx.GraphDef
     treedef: Any  # of the weights
+    weight_shapes: list[tuple[int, ...]]  # of each, as the decoder wants it; they may come flat
     bucket: Bucket
     shape: BatchShape
     eos_token_ids: tuple[int, ...]
     num_layers: int
     window: int | None
     loop_layers: bool
-    kernels: str
+    kernels: str  # a resolved backend: attention and the writing of pages
 
     def __call__(
         self, weights: list[Array], state: DeviceState, buffer: Array
     ) -> tuple[DeviceState, SliceOutput]:
-        decoder = nnx.merge(self.decoder_def, jax.tree.unflatten(self.treedef, weights))
+        shaped = [
+            weight.reshape(shape) for weight, shape in zip(weights, self.weight_shapes, strict=True)
+        ]
+        decoder = nnx.merge(self.decoder_def, jax.tree.unflatten(self.treedef, shaped))
         rows = _Rows(self, buffer, state)
         loop = rows.first(state)
         if self.bucket.tiles:
@@ -104,24 +109,24 @@ class SliceProgram:
         loop = lax.while_loop(rows.goes_on, body, loop)
         return rows.state_after(loop, state), rows.output(loop)
 
-    def _decode_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[KvPages, Array]:
+    def _decode_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[Pages, Array]:
         position_B = loop.length_B - 1
         write_at = rows.places(rows.row_B, position_B)
         length_B = jnp.where(loop.active_B, loop.length_B, 0)
 
         def attend(
-            layer: Array, q_BHC: Array, k_BKC: Array, v_BKC: Array, pages: KvPages
-        ) -> tuple[Array, KvPages]:
+            layer: Array | int, q_BHC: Array, k_BKC: Array, v_BKC: Array, pages: Pages
+        ) -> tuple[Array, Pages]:
             pages = rows.write(pages, layer, k_BKC, v_BKC, write_at, loop.active_B)
-            return self._attend_rows(q_BHC, pages, rows.table(layer), length_B), pages
+            out_BHC = self._attend(q_BHC, pages, rows.table(layer), rows.no_tiles, length_B)
+            return out_BHC, pages
 
         hidden_BD, pages = decoder(
             loop.token_B, position_B, attend, loop.pages, loop=self.loop_layers
         )
         return pages, hidden_BD
 
-    def _mixed_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[KvPages, Array]:
-        T = rows.tokens_T.size
+    def _mixed_step(self, decoder: Decoder, loop: _Loop, rows: "_Rows") -> tuple[Pages, Array]:
         token_X = jnp.concatenate([rows.tokens_T, loop.token_B])
         position_X = jnp.concatenate([rows.position_T, loop.length_B - 1])
         decoding_B = loop.active_B & (rows.kind_B == DECODE)
@@ -130,37 +135,24 @@ class SliceProgram:
         length_B = jnp.where(decoding_B, loop.length_B, 0)
 
         def attend(
-            layer: Array, q_XHC: Array, k_XKC: Array, v_XKC: Array, pages: KvPages
-        ) -> tuple[Array, KvPages]:
+            layer: Array | int, q_XHC: Array, k_XKC: Array, v_XKC: Array, pages: Pages
+        ) -> tuple[Array, Pages]:
             pages = rows.write(pages, layer, k_XKC, v_XKC, write_at, valid_X)
-            table_BP = rows.table(layer)
-            prompt_NQHC = paged_attention(
-                q_XHC[:T].reshape(*rows.tiles_shape, *q_XHC.shape[1:]),
-                pages,
-                table_BP[rows.tile_row_N],
-                rows.tile_start_N + rows.tile_valid_N,
-                rows.tile_start_N,
-                window=self.window,
-                backend=self.kernels,
-            )
-            decode_BHC = self._attend_rows(q_XHC[T:], pages, table_BP, length_B)
-            return jnp.concatenate([prompt_NQHC.reshape(T, *q_XHC.shape[1:]), decode_BHC]), pages
+            return self._attend(q_XHC, pages, rows.table(layer), rows.tiles, length_B), pages
 
         hidden_XD, pages = decoder(token_X, position_X, attend, loop.pages, loop=self.loop_layers)
         return pages, hidden_XD[rows.sample_from_B]
 
-    def _attend_rows(self, q_BHC: Array, pages: KvPages, table_BP: Array, length_B: Array) -> Array:
-        """One query per row, its newest token, over the `length_B` keys it has."""
-        out_B1HC = paged_attention(
-            q_BHC[:, None],
-            pages,
-            table_BP,
-            length_B,
-            length_B - 1,
-            window=self.window,
-            backend=self.kernels,
+    def _attend(
+        self, q_XHC: Array, pages: Pages, table_BP: Array, tiles: Tiles, length_B: Array
+    ) -> Array:
+        """Prompt tiles, then one query per row, its newest token, over the `length_B` keys it has.
+
+        Every family served here has the scale 1 / sqrt(C) and no soft cap.
+        """
+        return ragged_attention(
+            q_XHC, pages, table_BP, tiles, length_B, window=self.window, backend=self.kernels
         )
-        return out_B1HC[:, 0]
 
 
 class _Rows:
@@ -198,17 +190,13 @@ class _Rows:
         self._read_tiles(tiles, tokens)
 
     def _read_tiles(self, tiles: Array, tokens: Array) -> None:
-        self.tiles_shape = tokens.shape
-        self.tile_row_N, self.tile_start_N, self.tile_valid_N = (
-            tiles[:, 0],
-            tiles[:, 1],
-            tiles[:, 2],
-        )
+        self.tiles = Tiles(tiles[:, 0], tiles[:, 1], tiles[:, 2])
+        self.no_tiles = Tiles(*(column_N[:0] for column_N in self.tiles))
         lane_1Q = jnp.arange(tokens.shape[1])[None, :]
         self.tokens_T = tokens.reshape(-1)
-        self.row_T = jnp.repeat(self.tile_row_N, tokens.shape[1])
-        self.position_T = (self.tile_start_N[:, None] + lane_1Q).reshape(-1)
-        self.valid_T = (lane_1Q < self.tile_valid_N[:, None]).reshape(-1)
+        self.row_T = jnp.repeat(self.tiles.row_N, tokens.shape[1])
+        self.position_T = (self.tiles.start_N[:, None] + lane_1Q).reshape(-1)
+        self.valid_T = (lane_1Q < self.tiles.valid_N[:, None]).reshape(-1)
 
     def places(self, row_X: Array, position_X: Array) -> tuple[Array, Array]:
         """Page (of a layer) and slot of each token."""
@@ -222,16 +210,16 @@ class _Rows:
 
     def write(
         self,
-        pages: KvPages,
+        pages: Pages,
         layer: Array | int,
         k_XKC: Array,
         v_XKC: Array,
         places: tuple[Array, Array],
         valid_X: Array,
-    ) -> KvPages:
+    ) -> Pages:
         """Store a layer's keys and values; invalid tokens get a page past the pool: dropped."""
         page_X = jnp.where(valid_X, places[0] + layer * self.layer_pages, pages.num_pages)
-        return write_kv(pages, k_XKC, v_XKC, page_X, places[1])
+        return write_kv(pages, k_XKC, v_XKC, page_X, places[1], backend=self.program.kernels)
 
     def first(self, state: DeviceState) -> _Loop:
         """Rows as the slice finds them: from device state, or from the plan if they start."""

@@ -77,7 +77,7 @@ def load_weights(
 ) -> Any:
     """The decoder's weights as a nested dict of arrays in `dtype`.
 
-    With a `jax.sharding.Mesh` they are cut over its devices, else they go to the first one.
+    With a `jax.sharding.Mesh` they are spread over its devices, else they go to the first one.
     `progress` hears of bytes done and in all, as they will lie in memory. Raises ConfigError for
     files that are missing, damaged or not what the configuration says.
     """
@@ -86,14 +86,19 @@ def load_weights(
     from jaxserve.models.assemble import assemble
     from jaxserve.models.checkpoint import abstract_params, load_state
     from jaxserve.models.hf_layout import decoder_tensors
-    from jaxserve.models.partition import param_shardings
+    from jaxserve.models.partition import (
+        loading_shardings,
+        spread,
+        spread_weight,
+        weight_name,
+    )
 
     target = abstract_params(config, dtype=dtype)
     if mesh is not None:
         target = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             target,
-            param_shardings(mesh, target),
+            loading_shardings(mesh, target),
         )
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
     if source.kind == "orbax":
@@ -101,12 +106,14 @@ def load_weights(
         progress(0, total)
         weights = load_state(source.directory, config, dtype=dtype, sharding=shardings)
         progress(total, total)
-        return weights
+        return weights if mesh is None else spread(mesh, config, weights)
     weights: dict[Any, Any] = {}
     done = 0
     progress(done, total)
     with open_tensors(source, config, seed=seed) as tensors:
         for path, array in assemble(decoder_tensors(config), target, tensors):
+            if mesh is not None:
+                array = spread_weight(mesh, config, weight_name(path), array)
             *outer, last = path
             place = weights
             for key in outer:

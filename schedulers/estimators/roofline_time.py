@@ -93,6 +93,15 @@ DEVICES: Final[dict[str, Device]] = {
         source="cloud.google.com/tpu/docs/v5e: 16 GB, 819 GB/s, 197 TFLOPs bf16, ICI 400 GB/s in"
         " both directions together",
     ),
+    "v5p": Device(
+        kind="TPU v5p",
+        memory_bytes=95e9,
+        memory_bytes_per_s=2765e9,
+        flops=459e12,
+        link_bytes_per_s=600e9,
+        source="cloud.google.com/tpu/docs/v5p: 95 GB, 2,765 GB/s, 459 TFLOPs bf16, ICI 1,200 GB/s"
+        " in both directions together",
+    ),
     "v6e": Device(
         kind="TPU v6e",
         memory_bytes=32e9,
@@ -154,16 +163,19 @@ class RooflineTime:
     ) -> float:
         """Seconds of one model step over `rows` rows and so many prompt tokens beside them."""
         tokens, assumed = rows + prefill_tokens, self.assumed
-        memory_s = self._bytes(rows, tokens, attended_tokens, prefill_attended_tokens) / (
+        memory_s = self.step_bytes(rows, tokens, attended_tokens, prefill_attended_tokens) / (
             self.device.memory_bytes_per_s * assumed.memory_share
         )
-        compute_s = self._flops(rows, tokens, attended_tokens + prefill_attended_tokens) / (
+        compute_s = self.step_flops(rows, tokens, attended_tokens + prefill_attended_tokens) / (
             self.device.flops * assumed.compute_share
         )
         return max(memory_s, compute_s) + self._sums_s(rows, tokens) + assumed.step_s
 
-    def _bytes(self, rows: int, tokens: int, attended: float, prefill_attended: int) -> float:
-        """Read and written on one device."""
+    def step_bytes(
+        self, rows: int, tokens: int, attended: float, prefill_attended: float = 0
+    ) -> float:
+        """Read and written on one device by a step of `tokens` tokens, those of `rows` rows among
+        them, which attend to `attended` others in all."""
         sizes = self.sizes
         weights = (sizes.linear_weights + sizes.head_weights) / self.num_devices
         weights += tokens * sizes.width  # rows of the embedding
@@ -173,8 +185,8 @@ class RooflineTime:
         kv = kv_tokens * sizes.kv_bytes_per_token * kv_share
         return weights * sizes.value_bytes + kv + logits
 
-    def _flops(self, rows: int, tokens: int, attended: float) -> float:
-        """Products and sums on one device."""
+    def step_flops(self, rows: int, tokens: int, attended: float) -> float:
+        """Products and sums of such a step on one device."""
         sizes = self.sizes
         linear = 2 * (sizes.linear_weights * tokens + sizes.head_weights * rows)
         attention = 4 * sizes.num_layers * sizes.num_heads * sizes.head_dim * attended

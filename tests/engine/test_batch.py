@@ -35,7 +35,9 @@ def test_rows_go_longest_first_and_chunks_fill_tiles() -> None:
         RowPlan(3, 5, 16, [7, 8], Chunk(prompt, 0), start(prompt, temperature=0.5, top_k=9)),
         RowPlan(1, 0, 24, [1, 2, 4], Chunk(ids(20, 21, 22), 8)),
     )
-    bucket, buffer, order = Packer(SHAPE, BUCKETS).pack(SlicePlan(1, 5, 2, rows))
+    bucket, buffer, order = Packer(SHAPE, BUCKETS, num_pages=9, page_size=8).pack(
+        SlicePlan(1, 5, 2, rows)
+    )
     assert bucket == Bucket(8, 4) and order.tolist() == [1, 0]
     header, records, stop, tables, tiles, tokens = split(buffer, bucket, SHAPE)
     assert header.tolist() == [5, 2, 0, 0]
@@ -50,7 +52,7 @@ def test_rows_go_longest_first_and_chunks_fill_tiles() -> None:
 
 
 def test_a_decoding_row_keeps_its_record_and_grows_its_table() -> None:
-    packer, prompt = Packer(SHAPE, BUCKETS), ids(1, 2)
+    packer, prompt = Packer(SHAPE, BUCKETS, num_pages=9, page_size=8), ids(1, 2)
     pages = [5]
     first = RowPlan(2, 1, 8, pages, Chunk(prompt, 0), start(prompt, stop_token_ids=(3, 4)))
     packer.pack(SlicePlan(1, 1, 1, (first,)))
@@ -65,7 +67,23 @@ def test_a_decoding_row_keeps_its_record_and_grows_its_table() -> None:
 def test_a_plan_that_no_program_holds_is_an_error() -> None:
     rows = tuple(RowPlan(0, 1, 8, [0], Chunk(ids(1), 0)) for _ in range(5))
     with pytest.raises(ValueError, match="5 rows and 5 prompt tiles fits no program"):
-        Packer(SHAPE, BUCKETS).bucket(SlicePlan(1, 1, 1, rows))
+        Packer(SHAPE, BUCKETS, num_pages=9, page_size=8).bucket(SlicePlan(1, 1, 1, rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (RowPlan(1, 1, 8, [9]), r"slot 1: pages \[9\], the pool has 9"),
+        (RowPlan(1, 1, 8, [0, -1]), r"slot 1: pages \[0, -1\], the pool has 9"),
+        (RowPlan(2, 1, 8, list(range(7))), "slot 2: 7 pages, a page table has 6"),
+        (RowPlan(2, 1, 17, [3, 4]), "slot 2: 17 tokens on pages for 16"),
+        (RowPlan(0, 1, 8, [3], Chunk(ids(1, 2), 7)), "slot 0: 9 tokens on pages for 8"),
+    ],
+)
+def test_what_would_reach_outside_the_pool_or_a_rows_pages_is_an_error(row, message) -> None:
+    packer = Packer(SHAPE, BUCKETS, num_pages=9, page_size=8)
+    with pytest.raises(ValueError, match=message):
+        packer.pack(SlicePlan(1, 1, 1, (RowPlan(5, 1, 8, [2]), row)))
 
 
 def test_a_deployment_has_few_programs_and_they_hold_every_plan() -> None:

@@ -1,0 +1,113 @@
+"""What `jaxserve compile` found out about a deployment, per chip. Loads no JAX."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+SCHEMA: Final = "jaxserve.compile/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A model step of a slice program, by counting: see `RooflineTime`. Of one chip."""
+
+    flops: float
+    num_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramReport:
+    """One compiled program. `aliased_bytes` of its results lie where its arguments did.
+
+    `pool_copies` counts what makes a new array as large as the KV pool or a layer of it.
+    `collectives` are those of one model step. `step` is None for programs that run no model.
+    """
+
+    name: str
+    compile_s: float
+    temporary_bytes: int
+    code_bytes: int
+    aliased_bytes: int
+    pool_copies: Mapping[str, int]
+    collectives: Mapping[str, float]
+    step: Step | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentReport:
+    """A model on a topology. Bytes are of one chip.
+
+    Each kv head is held `kv_copies` times, and counted so. `context` tokens of each row is what
+    steps are estimated at. `state_bytes` is what slots hold beside pages: counts and biases.
+    """
+
+    model: str
+    num_parameters: int
+    topology: str
+    device: str
+    num_devices: int
+    dtype: str
+    kernels: Mapping[str, str]
+    versions: Mapping[str, str]
+    page_size: int
+    num_pages: int
+    kv_copies: int
+    max_context: int
+    context: int
+    memory_bytes: int
+    weight_bytes: int
+    pool_bytes: int
+    state_bytes: int
+    compile_s: float
+    programs: tuple[ProgramReport, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Of the program that takes the most: one runs at a time."""
+        return max(program.temporary_bytes for program in self.programs)
+
+    @property
+    def code_bytes(self) -> int:
+        """Of all programs: they stay loaded."""
+        return sum(program.code_bytes for program in self.programs)
+
+    @property
+    def used_bytes(self) -> int:
+        held = self.weight_bytes + self.pool_bytes + self.state_bytes
+        return held + self.temporary_bytes + self.code_bytes
+
+    def faults(self) -> list[str]:
+        """Why this should not be served so; none if it is well."""
+        found = []
+        if self.used_bytes > self.memory_bytes:
+            found.append(
+                f"does not fit: {gigabytes(self.used_bytes)} of {gigabytes(self.memory_bytes)} on"
+                " each chip; lower --kv_memory_fraction, --max_rows or --max_prefill_tokens, or"
+                " take a larger --topology"
+            )
+        for program in self.programs:
+            if program.aliased_bytes < self.pool_bytes:
+                found.append(f"{program.name}: its KV pages are not aliased, so it holds two pools")
+            if program.pool_copies:
+                what = ", ".join(f"{n} x {name}" for name, n in program.pool_copies.items())
+                found.append(f"{program.name}: copies KV pages: {what}")
+        return found
+
+    def to_json(self) -> str:
+        totals = {
+            name: getattr(self, name)
+            for name in ("num_tokens", "temporary_bytes", "code_bytes", "used_bytes")
+        }
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        return json.dumps({"schema": SCHEMA, **fields, **totals, "faults": self.faults()}, indent=1)
+
+
+def gigabytes(num_bytes: int | float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

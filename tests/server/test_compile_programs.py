@@ -1,0 +1,152 @@
+"""`jaxserve compile`: what it says of a deployment, and what it refuses."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxserve import launch
+from jaxserve.engine.compile_report import DeploymentReport, ProgramReport
+from jaxserve.models.tpu_topology import TOPOLOGIES, parse_topology
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(
+    not HAS_LIBTPU, reason="needs libtpu: pip install 'jaxserve[tpu]'"
+)
+
+
+def compile_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: libtpu is told what it is before JAX is loaded."""
+    return subprocess.run(
+        [sys.executable, "-m", "jaxserve", "compile", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "topology,message",
+    [
+        ("v5e:3x3", "topology: got 'v5e:3x3'; allowed: v5e:1x1, 2x2, 2x4"),
+        ("v7x:2x2", "topology: got 'v7x:2x2'; allowed: v5e:1x1, "),
+        ("v5e", "topology: got 'v5e'; allowed: v5e:1x1, 2x2"),
+        ("", "topology: got ''; allowed: one such as v5e:2x2"),
+    ],
+)
+def test_an_unknown_topology_is_refused(topology: str, message: str, capsys) -> None:
+    assert launch.main(["compile", "--model=random:tiny", f"--topology={topology}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_machine_without_libtpu_is_told_what_to_install(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert launch.main(["compile", "--model=random:tiny", "--topology=v5e:2x2"]) == 2
+    assert "pip install 'jaxserve[tpu]'" in capsys.readouterr().err
+
+
+def test_every_topology_has_a_data_sheet_and_a_name_of_its_own() -> None:
+    found = [parse_topology(f"{chip}:{sides}") for chip in TOPOLOGIES for sides in TOPOLOGIES[chip]]
+    assert all(each.device.memory_bytes > 0 for each in found)
+    assert {
+        parse_topology("v5e:2x2").accelerator_type,
+        parse_topology("v5p:2x2x1").accelerator_type,
+    } == {"v5litepod-4", "v5p-8"}
+
+
+def make_report(**fields) -> DeploymentReport:
+    program = ProgramReport(
+        name="8 rows",
+        compile_s=1.0,
+        temporary_bytes=fields.pop("temporary_bytes", 10),
+        code_bytes=1,
+        aliased_bytes=fields.pop("aliased_bytes", 100),
+        pool_copies=fields.pop("pool_copies", {}),
+        collectives={"all-reduce": 5.0},
+        step=None,
+    )
+    return DeploymentReport(
+        model="tiny",
+        num_parameters=1,
+        topology="v5e:2x2",
+        device="TPU v5e",
+        num_devices=4,
+        dtype="bfloat16",
+        kernels={},
+        versions={},
+        page_size=16,
+        num_pages=4,
+        kv_copies=1,
+        max_context=64,
+        context=16,
+        memory_bytes=200,
+        weight_bytes=50,
+        pool_bytes=100,
+        state_bytes=1,
+        compile_s=1.0,
+        programs=(program,),
+    )
+
+
+@pytest.mark.parametrize(
+    "fields,fault",
+    [
+        ({"temporary_bytes": 60}, "does not fit"),
+        ({"aliased_bytes": 99}, "8 rows: its KV pages are not aliased"),
+        ({"pool_copies": {"copy bf16[100]": 2}}, "8 rows: copies KV pages: 2 x copy bf16[100]"),
+    ],
+)
+def test_what_is_wrong_with_a_deployment_is_said(fields: dict, fault: str) -> None:
+    assert not make_report().faults()
+    assert [text for text in make_report(**fields).faults() if text.startswith(fault)]
+
+
+@needs_libtpu
+def test_weights_that_do_not_fit_are_refused_before_anything_is_compiled() -> None:
+    done = compile_in_process("--model=random:llama3-70b", "--topology=v5e:2x2")
+    assert done.returncode == 2 and "compiled" not in done.stderr
+    assert "does not fit: 35.28 GB of weights on each of 4" in done.stderr
+
+
+@needs_libtpu
+def test_pages_that_do_not_fit_are_refused() -> None:
+    done = compile_in_process(
+        "--model=random:tiny",
+        "--topology=v5e:1x1",
+        "--max_rows=1",
+        "--max_prefill_tokens=32",
+        "--num_pages=4000000",
+    )
+    assert done.returncode == 2 and "does not fit" in done.stderr, done.stderr
+
+
+@needs_libtpu
+def test_a_deployment_is_compiled_without_a_tpu(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = compile_in_process(
+        "--model=random:tiny",
+        "--topology=v5e:2x2",
+        "--max_rows=1",
+        "--max_prefill_tokens=32",
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled 4/4" in done.stderr and "each kv head held 2 times" in done.stdout
+    report = json.loads(path.read_text())
+    assert report["schema"] == "jaxserve.compile/1" and not report["faults"]
+    assert report["kernels"]["paged_attention"] == "pallas_tpu"
+    assert [program["name"] for program in report["programs"]] == [
+        "1 rows",
+        "1 rows + 32 prompt tokens",
+        "page copies",
+        "sampling extras",
+    ]
+    for program in report["programs"]:
+        assert program["aliased_bytes"] >= report["pool_bytes"] and not program["pool_copies"]
+    # Two layers of two sums, the embedding's, and the logits, which may be gathered by a sum.
+    assert {sum(p["collectives"].values()) for p in report["programs"][:2]} == {6}
