@@ -10,10 +10,10 @@ X pieces per row
 
 *The step.* One program holds M query rows of one kv head and walks over keys, T at a time, with a
 running softmax in float32 (Dao 2023; base 2, the scale carries log2(e)). A step finds its page of
-each key in the table and copies T rows of C keys and C values; Triton keeps `num_stages` steps on
-their way. Channels are padded to E for the matrix units, not in memory: a masked lane is no access.
-Grouped heads share a key, so M is at least the group and at least 16, the least that a matrix unit
-takes: decode wastes arithmetic by it and not a byte.
+each key in the table and copies T rows of C keys and C values, while Triton's pipeline works on an
+earlier one. Channels are padded to E for the matrix units, not in memory: a masked lane is no
+access. Grouped heads share a key, so M is at least the group and at least 16, the least that a
+matrix unit takes: decode wastes arithmetic by it and not a byte.
 
 *Decode is bound by memory.* Per row and kv head it must read len * 2C numbers (an H200 reads
 4.8 TB/s) and does 4 * len * C * G FLOPs, 2 G per number: far below the 200 FLOPs per byte from

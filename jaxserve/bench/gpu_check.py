@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from jaxserve import flag_table
+from jaxserve.flags import Settings, parse
+
 Numbers = dict[str, Any]
 
 
@@ -81,6 +84,12 @@ def _deployment(tiny: bool, *, rows: int, prompt_tokens: int) -> list[str]:
     ]
 
 
+def _settings(arguments: list[str]) -> Settings:
+    """What `jaxserve profile` would make of these flags."""
+    groups = (flag_table.PROFILING, flag_table.MODEL, flag_table.PROGRAMS, flag_table.MEMORY)
+    return parse(groups, arguments, environment={}, known=set())
+
+
 def engine(seconds: float) -> Numbers:
     """Decode steps of whole slices, and what weights, keys and products would take at least.
 
@@ -89,16 +98,12 @@ def engine(seconds: float) -> Numbers:
     from jaxserve.config import EngineConfig
     from jaxserve.engine.build import TILE, build_jax, serving_buckets
     from jaxserve.engine.measure import Limits, Point, SliceBench
-    from jaxserve.flags import parse
-    from jaxserve.launch import COMMANDS
     from jaxserve.models.profile import ModelShape
     from jaxserve.models.sources import load_model_config, parse_source
 
     tiny = _is_tiny()
     flags = _deployment(tiny, rows=max(_STEPS)[0], prompt_tokens=64)
-    config = parse(COMMANDS["profile"].groups, flags, environment={}, known=set()).record(
-        EngineConfig
-    )
+    config = _settings(flags).record(EngineConfig)
     source = parse_source(config.model)
     model = load_model_config(source)
     began_s = time.monotonic()
@@ -145,7 +150,7 @@ def engine(seconds: float) -> Numbers:
 
 def profile(seconds: float) -> Numbers:
     """`jaxserve profile` of a smaller deployment, as JSON: it measures every program many times."""
-    from jaxserve.launch import main
+    from jaxserve.bench.profile import main
 
     tiny = _is_tiny()
     with tempfile.TemporaryDirectory() as directory:
@@ -155,7 +160,7 @@ def profile(seconds: float) -> Numbers:
             f"--minutes={seconds / 60}",
             f"--output={path}",
         ]
-        code = main(["profile", *flags])
+        code = main(_settings(flags))
         if code:
             raise SystemExit(code)
         return {"profile": json.loads(path.read_text())}

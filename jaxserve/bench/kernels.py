@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxserve.bench.library_kernels import LIBRARIES
+from jaxserve.bench.peers.attention_kernels import LIBRARIES
 from jaxserve.kernels import paged_attention_gpu
 from jaxserve.kernels.block_sizes import GpuBlocks
 from jaxserve.kernels.kv_pages import RowPages
