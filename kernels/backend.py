@@ -68,4 +68,4 @@ def target_platform() -> str:
 
 def platform_of(device: Any) -> str:
     """The platform of a device, real or abstract: cpu, gpu or tpu."""
-    return _SPELLINGS.get(device.platform, device.platform)
+    return _SPELLINGS.get(device.platform) or str(device.platform)

@@ -6,11 +6,12 @@ serves decode rows (one token each) and prompt chunks.
 Dimension key: T tokens  K kv heads  C channels per head  N pages in the pool  S slots per page
 D >= 2C  Z = 2S
 
-On a GPU a Pallas kernel writes through aliased buffers (kv_write_gpu.py). Everywhere else it is
-XLA's scatter, which works in place where the pages are donated or carried by a loop: a token moves
-2 * K * C numbers against the whole prefix that attention reads, so a TPU has nothing to gain from
-a kernel of its own.
+On a GPU and on a TPU Pallas kernels write through aliased buffers (kv_write_gpu.py,
+kv_write_tpu.py). Everywhere else it is XLA's scatter, which works in place where the pages are
+donated or carried by a loop.
 """
+
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -32,29 +33,40 @@ def write_kv(
     """Store token t at slot `slot_T[t]` of page `page_T[t]`; returns the changed pages.
 
     A page id outside 0..N-1 drops the write: that is how padding and finished rows write nothing.
-    In a loop whose carry is donated this happens in place. No two tokens may share a slot. Raises
-    ValueError when the backend is unknown or does not run here.
+    In a loop whose carry is donated this happens in place. No two tokens may share a slot, and
+    those of one page stand next to each other, as a prompt's do. Raises ValueError when the backend
+    is unknown, does not run here or does not read such pages.
     """
     backend = backends.resolve(backend)
-    if implementation(backend) == backends.PALLAS_GPU and isinstance(pages, RowPages):
+    interpret = backends.is_interpreted(backend)
+    if isinstance(pages, KvPages):
+        if backend in _KERNELS:
+            raise ValueError(f"kernel backend {backend!r} writes RowPages, got KvPages")
+        return _scatter(pages, k_TKC, v_TKC, _unsigned(page_T), slot_T)
+    # Pallas is imported where it is chosen, not before.
+    if backend == backends.PALLAS_GPU:
         from . import kv_write_gpu
 
-        return kv_write_gpu.write(
-            pages,
-            k_TKC,
-            v_TKC,
-            page_T,
-            slot_T,
-            interpret=backends.is_interpreted(backend),
-        )
-    # Unsigned, or a page id of -1 would count from the end of the pool as Python does.
-    new = k_TKC, v_TKC, page_T.astype(jnp.uint32), slot_T
-    return _scatter(pages, *new) if isinstance(pages, KvPages) else _scatter_rows(pages, *new)
+        return kv_write_gpu.write(pages, k_TKC, v_TKC, page_T, slot_T, interpret=interpret)
+    rows = _as_rows(pages, k_TKC, v_TKC)
+    if backend == backends.PALLAS_TPU:
+        from . import kv_write_tpu
+
+        return kv_write_tpu.write(pages, *rows, page_T, slot_T, interpret=interpret)
+    return _scatter_rows(pages, *rows, _unsigned(page_T), slot_T)
+
+
+_KERNELS: Final = (backends.PALLAS_GPU, backends.PALLAS_TPU)
 
 
 def implementation(backend: str) -> str:
-    """What writes where a resolved `backend` attends: `pallas_gpu` or `xla`."""
-    return backend if backend == backends.PALLAS_GPU else backends.XLA
+    """What writes where a resolved `backend` attends: a Pallas kernel of the same name, or XLA."""
+    return backend if backend in _KERNELS else backends.XLA
+
+
+def _unsigned(page_T: Array) -> Array:
+    """Or a page id of -1 would count from the end of the pool as Python does."""
+    return page_T.astype(jnp.uint32)
 
 
 def _scatter(pages: KvPages, k_TKC, v_TKC, page_T, slot_T) -> KvPages:
@@ -67,22 +79,27 @@ def _scatter(pages: KvPages, k_TKC, v_TKC, page_T, slot_T) -> KvPages:
     return KvPages(k_NKCS, v_NKSC)
 
 
-def _scatter_rows(pages: RowPages, k_TKC, v_TKC, page_T, slot_T) -> RowPages:
+def _scatter_rows(pages: RowPages, row_TKD, scale_TK2, page_T, slot_T) -> RowPages:
     # With an index for the kv head too: XLA would rather have the heads of a slot side by side,
     # and for a scatter of all heads at once it copies the whole pool to that layout and back (TPU).
-    at_T1, head_1K, slot_T1 = page_T[:, None], jnp.arange(k_TKC.shape[1])[None], slot_T[:, None]
+    at_T1, head_1K, slot_T1 = page_T[:, None], jnp.arange(row_TKD.shape[1])[None], slot_T[:, None]
+    put: dict[str, Any] = {"mode": "drop", "unique_indices": True}
+    kv_NKSD = pages.kv_NKSD.at[at_T1, head_1K, slot_T1].set(row_TKD, **put)
     scale_NKZ = pages.scale_NKZ
     if scale_NKZ is not None:
-        k_TKC, k_scale_TK = quant.quantise(k_TKC, pages.kv_NKSD.dtype)
-        v_TKC, v_scale_TK = quant.quantise(v_TKC, pages.kv_NKSD.dtype)
-        for half, scale_TK in enumerate((k_scale_TK, v_scale_TK)):
-            scale_NKZ = scale_NKZ.at[at_T1, head_1K, half * pages.page_size + slot_T1].set(
-                scale_TK, mode="drop", unique_indices=True
-            )
-    kv_TKD = jnp.concatenate([k_TKC, v_TKC], axis=-1).astype(pages.kv_NKSD.dtype)
-    unused = pages.kv_NKSD.shape[-1] - kv_TKD.shape[-1]
-    kv_TKD = jnp.pad(kv_TKD, ((0, 0), (0, 0), (0, unused)))
-    kv_NKSD = pages.kv_NKSD.at[at_T1, head_1K, slot_T1].set(
-        kv_TKD, mode="drop", unique_indices=True
-    )
+        for half in range(2):
+            at = at_T1, head_1K, half * pages.page_size + slot_T1
+            scale_NKZ = scale_NKZ.at[at].set(scale_TK2[..., half], **put)
     return RowPages(kv_NKSD, scale_NKZ)
+
+
+def _as_rows(pages: RowPages, k_TKC, v_TKC) -> tuple[Array, Array | None]:
+    """Tokens as the pages store them: rows [T, K, D] and, where quantised, scales [T, K, 2]."""
+    stored, scale_TK2 = pages.kv_NKSD.dtype, None
+    if pages.scale_NKZ is not None:
+        k_TKC, k_scale_TK = quant.quantise(k_TKC, stored)
+        v_TKC, v_scale_TK = quant.quantise(v_TKC, stored)
+        scale_TK2 = jnp.stack([k_scale_TK, v_scale_TK], axis=-1)
+    row_TKD = jnp.concatenate([k_TKC, v_TKC], axis=-1).astype(stored)
+    unused = pages.kv_NKSD.shape[-1] - row_TKD.shape[-1]
+    return jnp.pad(row_TKD, ((0, 0), (0, 0), (0, unused))), scale_TK2

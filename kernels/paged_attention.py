@@ -62,8 +62,8 @@ def paged_attention(
     With a `window`, position p sees the `window` newest keys up to its own (Beltagy et al. 2020).
     Query head h reads kv head h // G. Scores are scaled by `scale` (default: C ** -0.5) and then,
     with a `soft_cap`, bent to cap * tanh(score / cap) (Gemma 2). The softmax and all sums are
-    float32, whatever the types of queries and pages. A page id outside 0..N-1 is read as the
-    nearest page of the pool; entries of the table past a row's length mean nothing.
+    float32, whatever the types of queries and pages. A page id outside 0..N-1 is read as some page
+    of the pool; entries of the table past a row's length mean nothing.
 
     `backend` is a name of backend.py. The decode kernel of `cpu` reads `KvPages` and the Pallas
     kernels `RowPages`; `xla` and `reference` read either.

@@ -1,17 +1,16 @@
-"""Paged attention on TPUs: a Pallas Mosaic kernel that copies pages while it computes.
+"""Paged attention on TPUs: a Pallas Mosaic kernel over row pages.
 
 Knows one layer's row pages and one batch of query blocks; knows no model, request or scheduler.
 
 Dimension key: B query blocks  Q queries per block  H query heads  K kv heads  G = H / K
 C channels per head  N pages in the pool  S slots per page  P pages per row  D lanes of a stored row
 Z = 2S  M = G * Q  T tokens per block of pages, R = T / S pages  E lanes of a query, L of a sum
-F blocks in flight
+F blocks of pages in flight
 
-The pool stays in HBM. Query blocks ("rows" here) are taken one per grid step. A row's visible
-tokens are cut into blocks of T, counted from its own first visible page, so that its sums do not
-depend on its neighbours. Blocks pass through a ring of F buffers in VMEM: while one is attended to,
-the copies of the F - 1 after it are under way, across the ends of rows, so that many short rows do
-not each wait for memory. Pages that no query of the row sees are not copied.
+The pool stays in HBM. Query blocks ("rows" here) are taken one per grid step, and their pages in
+blocks of T tokens, which `page_ring_tpu` fetches ahead. Blocks are counted from the row's own first
+visible page, so that its sums do not depend on its neighbours; pages that no query sees are not
+copied.
 
 A token's key and value share a row of D lanes. Where C is a multiple of 128 lanes they are read
 apart. Elsewhere nothing is cut: queries are padded with zeros to D lanes, so that q . row = q . k,
@@ -24,7 +23,7 @@ another layout by default, from which it would copy the whole pool to call this 
 the same: Z is a multiple of 128, so pages of 8 bits hold 64 or 128 tokens.
 
 Sources: Kwon et al. 2023 (PagedAttention); Milakov and Gimelshein 2018 (running softmax). Fetching
-the next row's pages during the last of this row is also in JAX's own TPU paged attention.
+the next row's pages during the last of this one is also in JAX's own TPU paged attention.
 """
 
 from functools import partial
@@ -40,6 +39,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .kv_pages import RowPages
+from .page_ring_tpu import CURSOR, Need, PageRing
 
 HEAD_DIMS: Final = tuple(range(16, 257, 16))
 PAGE_SIZES: Final = (16, 32, 64, 128)
@@ -60,16 +60,20 @@ class Sizes(NamedTuple):
     cores: int
 
 
-# Per device kind: bytes per block, blocks in the ring, cores that share one program. A block should
-# take longer to copy than the kernel's fixed cost per block, about a microsecond, and the ring cover
-# the latency of memory. Reasoned from bandwidths, not measured.
+# Per device kind: bytes per block, blocks in the ring, cores that share one program. Not measured
+# on a TPU, but read off the compiler's schedules: for 8 kv heads of 128 channels in bfloat16, a
+# block of 128, 256, 512 tokens takes 385, 620, 880 to 1020 instructions, each page about 25 and
+# each block about 100 more; memory delivers a token in 7.5 cycles (v5e), 4.4 (v6e), 5.2 (a core
+# of v5p).
 _TPU: Final = {
-    "TPU v5 lite": (512 << 10, 4, 1),
-    "TPU v6 lite": (1 << 20, 4, 1),
-    "TPU v5": (1 << 20, 4, 2),
+    "TPU v5 lite": (1 << 20, 4, 1),
+    "TPU v6 lite": (2 << 20, 4, 1),
+    "TPU v5": (2 << 20, 4, 2),
 }
-_ANY_TPU: Final = (512 << 10, 4, 1)
-# e4m3 exists in the matrix units of these; elsewhere each number would be converted bit by bit.
+_ANY_TPU: Final = (1 << 20, 4, 1)
+# Those with float8 in hardware. The others compile it too, to integer arithmetic; and so does v6e,
+# whose float8 is another than e4m3fn: a block of 512 tokens takes 2340 instructions there, not the
+# 880 of bfloat16. So float8 pages save memory on it, but no time; int8 (910) saves both.
 _FLOAT8_KINDS: Final = ("TPU v6 lite", "TPU7x")
 
 
@@ -137,8 +141,8 @@ def attend(
     """Attend from query blocks to pages; see `paged_attention` for what the operands mean.
 
     `sizes.block` must be a multiple of the page size. Dots take the wider of the types of queries
-    and pages, with pages of 8 bits as bfloat16; float32 is not rounded to less. With `interpret` the
-    kernel runs on a CPU, in the interpreter that imitates a TPU's memories.
+    and pages, with pages of 8 bits as bfloat16; float32 is not rounded to less. With `interpret`
+    the kernel runs on a CPU, in the interpreter that imitates a TPU's memories.
 
     Raises ValueError when stored rows are too short or, compiled, do not have whole lanes.
     """
@@ -149,14 +153,16 @@ def attend(
     q_BKME = q_BQHC.reshape(B, Q, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
     if C % _LANES:
         q_BKME = jnp.pad(q_BKME, ((0, 0),) * 3 + ((0, D - C),))
+    is_float32 = jnp.float32 in (q_BQHC.dtype, pages.kv_NKSD.dtype)
+    compute = jnp.float32 if is_float32 else jnp.bfloat16
     call = partial(
         _call,
         pages=pages,
-        Q=Q,
-        C=C,
-        options=_Options(window, soft_cap, C**-0.5 if scale is None else scale),
-        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        num_queries=Q,
+        window=window,
+        options=_Options(C, soft_cap, C**-0.5 if scale is None else scale, compute),
         sizes=sizes or default_sizes(pages, B),
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )
     rows = max(1, _TABLE_BYTES // (4 * table_BP.shape[1]))
     parts = [
@@ -169,49 +175,49 @@ def attend(
 
 
 class _Options(NamedTuple):
-    window: int | None
+    """What the kernel knows when it is compiled, beside shapes; `compute` is its dots' type."""
+
+    head_dim: int
     soft_cap: float | None
     scale: float
-
-
-class _Shapes(NamedTuple):
-    """What the kernel knows when it is compiled; `compute` is the type of its dots."""
-
-    B: int
-    Q: int
-    K: int
-    M: int
-    C: int
-    N: int
-    S: int
-    P: int
-    T: int
-    F: int
-    L: int
-    cores: int
     compute: Any
-    options: _Options
+
+    @property
+    def has_whole_lanes(self) -> bool:
+        """Whether keys and values are read apart; else sums have all lanes of a stored row."""
+        return self.head_dim % _LANES == 0
 
 
 def _call(
-    q_BKME, table_BP, len_B, start_B, *, pages: RowPages, Q, C, options, interpret, sizes: Sizes
+    q_BKME,
+    table_BP,
+    len_B,
+    start_B,
+    *,
+    pages: RowPages,
+    num_queries: int,
+    window: int | None,
+    options: _Options,
+    sizes: Sizes,
+    interpret: Any,
 ):
     B, K, M, E = q_BKME.shape
     N, _, S, D = pages.kv_NKSD.shape
-    P = table_BP.shape[1]
-    stored, narrow = pages.kv_NKSD.dtype, pages.scale_NKZ is not None
+    P, C = table_BP.shape[1], options.head_dim
     T, F, cores = sizes.block, sizes.ring, min(sizes.cores, B)
-    L = D if C % _LANES else C
-    compute = jnp.float32 if jnp.float32 in (q_BKME.dtype, stored) else jnp.bfloat16
-    shapes = _Shapes(B, Q, K, M, C, N, S, P, T, F, L, cores, compute, options)
+    L = C if options.has_whole_lanes else D
+    need = Need(B, P, N, S, T, F, cores, num_queries, window)
+    pools = [x for x in pages if x is not None]
 
     def row(core, i, *_):
         b = i * cores + core
         return jnp.where(b < B, b, b - cores), 0, 0, 0  # what is past the end writes nothing anew
 
-    pools = [x for x in pages if x is not None]
+    blocks = [pltpu.VMEM((F, K, T, D), pages.kv_NKSD.dtype)]
+    if pages.scale_NKZ is not None:
+        blocks.append(pltpu.VMEM((F, T // S, K, 2 * S), jnp.float32))
     return pl.pallas_call(
-        partial(_kernel, shapes),
+        partial(_kernel, need, options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(cores, pl.cdiv(B, cores)),
@@ -221,18 +227,19 @@ def _call(
             ],
             out_specs=pl.BlockSpec((None, K, M, C), row),
             scratch_shapes=[
-                pltpu.VMEM((F, K, T, D), stored),
-                *([pltpu.VMEM((F, T // S, K, 2 * S), jnp.float32)] if narrow else []),
+                *blocks,
+                pltpu.SMEM((CURSOR,), jnp.int32),
+                pltpu.SemaphoreType.DMA((F,)),
                 pltpu.VMEM((K, M, 1), jnp.float32),
                 pltpu.VMEM((K, M, 1), jnp.float32),
                 pltpu.VMEM((K, M, L), jnp.float32),
-                pltpu.SMEM((len(_Cursor._fields),), jnp.int32),
-                pltpu.SemaphoreType.DMA((F,)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((B, K, M, C), q_BKME.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+            disable_bounds_checks=True,  # page ids are clamped; checks take half of a copy's start
         ),
         # At full tables: how long rows are is not known here.
         cost_estimate=pl.CostEstimate(
@@ -245,205 +252,122 @@ def _call(
     )(table_BP.reshape(-1), len_B, start_B, q_BKME, *pools)
 
 
-class _Refs(NamedTuple):
-    """The kernel's memory: scalars, this row's queries, the pool in HBM, output, the ring."""
+class _Row(NamedTuple):
+    """One row's queries, output and running softmax: peak, sum of weights, weighted sum."""
 
-    table_BP: Any
-    len_B: Any
-    start_B: Any
     q_KME: Any
-    pool_NKSD: Any
-    pool_NKZ: Any
     o_KMC: Any
-    ring_FKTD: Any
-    ring_FRKZ: Any
     m_KM1: Any
     l_KM1: Any
     acc_KML: Any
-    cursor: Any
-    copied_F: Any
 
 
-class _Cursor(NamedTuple):
-    """Where a core stands: the next block to fetch, and the buffers to fill and to read next."""
-
-    row: int = 0
-    block: int = 1
-    fill: int = 2
-    read: int = 3
-
-
-_AT: Final = _Cursor()
-
-
-def _kernel(x: _Shapes, *refs: Any) -> None:
-    """One row: its blocks in order, while the ring is kept full with those that come after."""
-    if len(refs) < len(_Refs._fields):  # pages without scales
-        refs = (*refs[:5], None, *refs[5:7], None, *refs[7:])
-    r = _Refs(*refs)
+def _kernel(need: Need, options: _Options, *refs: Any) -> None:
+    """One row: its blocks in order."""
+    table_BP, len_B, start_B, q_KME, pool_NKSD, *others = refs
+    scale_pool, scale_blocks = None, None
+    if len(others) == 9:  # pages with scales
+        scale_pool, scale_blocks = others.pop(0), others.pop(2)
+    o_KMC, block_FKTD, cursor, copied_F, *softmax = others
+    pools, blocks = (pool_NKSD, scale_pool), (block_FKTD, scale_blocks)
+    ring = PageRing(need, table_BP, len_B, start_B, *pools, *blocks, cursor, copied_F)
+    x = _Row(q_KME, o_KMC, *softmax)
     core = pl.program_id(0)
-    b = pl.program_id(1) * x.cores + core
+    b = pl.program_id(1) * need.cores + core
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        r.cursor[_AT.row] = _row_with_blocks(x, r, core)
-        for at in _AT[1:]:
-            r.cursor[at] = 0
-        for _ in range(x.F - 1):
-            _fetch(x, r)
+        ring.open(core)
 
-    @pl.when(b < x.B)
+    @pl.when(b < need.num_rows)
     def _():
-        r.m_KM1[...] = jnp.full(r.m_KM1.shape, _LOWEST, jnp.float32)
-        r.l_KM1[...] = jnp.zeros(r.l_KM1.shape, jnp.float32)
-        r.acc_KML[...] = jnp.zeros(r.acc_KML.shape, jnp.float32)
-        lax.fori_loop(0, _num_blocks(x, r, b), partial(_block, x, r, b), None)
-        for k in range(x.K):
-            l_M1 = r.l_KM1[k]
-            o_ML = r.acc_KML[k] / jnp.where(l_M1 > 0, l_M1, 1.0)
-            at = 0 if x.L == x.C else x.C
-            r.o_KMC[k] = o_ML[:, at : at + x.C].astype(r.o_KMC.dtype)
+        x.m_KM1[...] = jnp.full(x.m_KM1.shape, _LOWEST, jnp.float32)
+        x.l_KM1[...] = jnp.zeros(x.l_KM1.shape, jnp.float32)
+        x.acc_KML[...] = jnp.zeros(x.acc_KML.shape, jnp.float32)
+        lax.fori_loop(0, ring.num_blocks(b), partial(_attend_block, options, ring, x, b), None)
+        at = 0 if options.has_whole_lanes else options.head_dim
+        for k in range(x.q_KME.shape[0]):
+            l_M1 = x.l_KM1[k]
+            o_ML = x.acc_KML[k] / jnp.where(l_M1 > 0, l_M1, 1.0)
+            x.o_KMC[k] = o_ML[:, at : at + options.head_dim].astype(x.o_KMC.dtype)
 
 
-def _page_range(x: _Shapes, r: _Refs, b: Any) -> tuple[Any, Any]:
-    """The pages of row b that hold a visible token: the first, and the one after the last."""
-    end = jnp.minimum(_length(x, r, b), r.start_B[b] + x.Q)
-    if x.options.window is None:
-        return 0, pl.cdiv(end, x.S)
-    first = jnp.minimum(r.start_B[b], _length(x, r, b) - 1) + 1 - x.options.window
-    return jnp.maximum(first, 0) // x.S, pl.cdiv(end, x.S)
+def _attend_block(
+    options: _Options, ring: PageRing, x: _Row, b: Any, j: Any, _: None = None
+) -> None:
+    """Attend to row b's block j, all heads."""
+    need = ring.need
+    K, M, _ = x.q_KME.shape
+    buffer = ring.take(b, j)
+    at = ring.position(b, j)  # positions below are counted from here
+    start = ring.start_B[b] - at
+    last = ring.length(b) - 1 - at
+    held = jnp.minimum(last + 1, start + need.num_queries)
 
-
-def _length(x: _Shapes, r: _Refs, b: Any) -> Any:
-    return jnp.minimum(r.len_B[b], x.P * x.S)  # nothing is read past the end of the table
-
-
-def _num_blocks(x: _Shapes, r: _Refs, b: Any) -> Any:
-    first, end = _page_range(x, r, b)
-    return pl.cdiv(jnp.maximum(end - first, 0), x.T // x.S)
-
-
-def _row_with_blocks(x: _Shapes, r: _Refs, b: Any) -> Any:
-    """The first row from b on, of this core's, that has anything to fetch; past the end if none."""
-
-    def num_blocks(b: Any) -> Any:
-        return _num_blocks(x, r, jnp.minimum(b, x.B - 1))
-
-    def onward(at: tuple[Any, Any]) -> tuple[Any, Any]:
-        return at[0] + x.cores, num_blocks(at[0] + x.cores)
-
-    return lax.while_loop(lambda at: (at[0] < x.B) & (at[1] == 0), onward, (b, num_blocks(b)))[0]
-
-
-def _fetch(x: _Shapes, r: _Refs) -> None:
-    """Start the copies of the next block, if any is left, and move the cursor."""
-    b, j, slot = (r.cursor[at] for at in _AT[:3])
-
-    @pl.when(b < x.B)
+    @pl.when(held < need.block)
     def _():
-        _copies(x, r, b, j, slot, lambda copy: copy.start())
-        more = j + 1 < _num_blocks(x, r, b)
-        r.cursor[_AT.row] = jnp.where(more, b, _row_with_blocks(x, r, b + x.cores))
-        r.cursor[_AT.block] = jnp.where(more, j + 1, 0)
-        r.cursor[_AT.fill] = _after(x, slot)
+        _clear(ring.block_FKTD, buffer, held)
 
-
-def _after(x: _Shapes, slot: Any) -> Any:
-    return jnp.where(slot + 1 < x.F, slot + 1, 0)
-
-
-def _copies(x: _Shapes, r: _Refs, b: Any, j: Any, slot: Any, act: Any) -> None:
-    """Start or await the copies of row b's block j into one buffer: a page, all heads, at a time."""
-    first, end = _page_range(x, r, b)
-    first += j * (x.T // x.S)
-
-    def one(i: Any, _: None) -> None:
-        page = jnp.clip(r.table_BP[b * x.P + first + i], 0, x.N - 1)
-        slots = pl.ds(pl.multiple_of(i * x.S, x.S), x.S)
-        done = r.copied_F.at[slot]
-        act(pltpu.make_async_copy(r.pool_NKSD.at[page], r.ring_FKTD.at[slot, :, slots], done))
-        if r.pool_NKZ is not None:
-            act(pltpu.make_async_copy(r.pool_NKZ.at[page], r.ring_FRKZ.at[slot, i], done))
-
-    lax.fori_loop(0, jnp.minimum(end - first, x.T // x.S), one, None)
-
-
-def _block(x: _Shapes, r: _Refs, b: Any, j: Any, _: None) -> None:
-    """Attend to row b's block j, once the buffer that the block before it left is refilled."""
-    _fetch(x, r)
-    slot = r.cursor[_AT.read]
-    r.cursor[_AT.read] = _after(x, slot)
-    _copies(x, r, b, j, slot, lambda copy: copy.wait())
-
-    at = (_page_range(x, r, b)[0] + j * (x.T // x.S)) * x.S  # position of the block's first token
-    last = _length(x, r, b) - 1 - at  # counted from there, as everything below
-    held = jnp.minimum(last + 1, r.start_B[b] + x.Q - at)
-
-    @pl.when(held < x.T)
-    def _():
-        _clear(x, r, slot, held)
-
-    shape_MT = (x.M, x.T)
-    token_MT = lax.broadcasted_iota(jnp.int32, shape_MT, 1)
-    query_MT = lax.rem(lax.broadcasted_iota(jnp.int32, shape_MT, 0), jnp.int32(x.Q))
-    last_MT = jnp.minimum(r.start_B[b] - at + query_MT, last)
+    token_MT = lax.broadcasted_iota(jnp.int32, (M, need.block), 1)
+    query_MT = lax.broadcasted_iota(jnp.int32, (M, need.block), 0)
+    query_MT = lax.rem(query_MT, jnp.int32(need.num_queries))
+    last_MT = jnp.minimum(start + query_MT, last)
     visible_MT = token_MT <= last_MT
-    if x.options.window is not None:
-        visible_MT &= token_MT > last_MT - x.options.window
-    scale_KT, scale_v_KT = _scales(x, r, slot, held)
-    for k in range(x.K):
-        scales = None if scale_KT is None else (scale_KT[k : k + 1], scale_v_KT[k : k + 1])
-        _head(x, r, slot, k, visible_MT, scales)
+    if need.window is not None:
+        visible_MT &= token_MT > last_MT - need.window
+    for k, scales in enumerate(_scales(ring, buffer, held, K)):
+        _attend_head(options, x, k, ring.block_FKTD.at[buffer, k], visible_MT, scales)
 
 
-def _clear(x: _Shapes, r: _Refs, slot: Any, held: Any) -> None:
+def _clear(block_FKTD: Any, buffer: Any, held: Any) -> None:
     """Put zeros where a block holds no token: what lies there is stale, and 0 * NaN is NaN."""
-    for k in range(x.K):
-        row_TD = r.ring_FKTD[slot, k]
+    for k in range(block_FKTD.shape[1]):
+        row_TD = block_FKTD[buffer, k]
         here_TD = lax.broadcasted_iota(jnp.int32, row_TD.shape, 0) < held
-        r.ring_FKTD[slot, k] = jnp.where(here_TD, row_TD, jnp.zeros_like(row_TD))
+        block_FKTD[buffer, k] = jnp.where(here_TD, row_TD, jnp.zeros_like(row_TD))
 
 
-def _scales(x: _Shapes, r: _Refs, slot: Any, held: Any) -> tuple[Any, Any]:
-    """The scales of a block's keys and values, tokens along lanes as in scores; None without."""
-    if r.ring_FRKZ is None:
-        return None, None
-    here_KT = lax.broadcasted_iota(jnp.int32, (x.K, x.T), 1) < held
-    return tuple(
-        jnp.where(
-            here_KT,
-            jnp.concatenate(
-                [r.ring_FRKZ[slot, i, :, z : z + x.S] for i in range(x.T // x.S)], axis=1
-            ),
-            0.0,
-        )
-        for z in (0, x.S)
-    )
+def _scales(ring: PageRing, buffer: Any, held: Any, K: int) -> list[Any]:
+    """Per head, the scales of a block's keys and values, tokens along lanes; or None."""
+    if ring.scale_FRKZ is None:
+        return [None] * K
+    S, T = ring.need.page_size, ring.need.block
+    here_KT = lax.broadcasted_iota(jnp.int32, (K, T), 1) < held
+
+    def whole(z: int) -> Any:
+        of_pages = [ring.scale_FRKZ[buffer, i, :, z : z + S] for i in range(T // S)]
+        return jnp.where(here_KT, jnp.concatenate(of_pages, axis=1), 0.0)
+
+    k_KT, v_KT = whole(0), whole(S)
+    return [(k_KT[k : k + 1], v_KT[k : k + 1]) for k in range(K)]
 
 
-def _head(x: _Shapes, r: _Refs, slot: Any, k: int, visible_MT: Any, scales: Any) -> None:
+def _attend_head(
+    options: _Options, x: _Row, k: int, row_TD: Any, visible_MT: Any, scales: Any
+) -> None:
     """One kv head's part of a block: scores, running softmax, weighted sum."""
-    exact = lax.Precision.HIGHEST if x.compute == jnp.float32 else None
+    C = options.head_dim
+    exact = lax.Precision.HIGHEST if options.compute == jnp.float32 else None
     dot = partial(lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
-    if x.L == x.C:
-        key_TE, value_TL = r.ring_FKTD[slot, k, :, : x.C], r.ring_FKTD[slot, k, :, x.C :]
+    if options.has_whole_lanes:
+        key_TE, value_TL = row_TD[:, :C], row_TD[:, C : 2 * C]
     else:
-        key_TE = value_TL = r.ring_FKTD[slot, k]
-    q_ME, key_TE, value_TL = (y.astype(x.compute) for y in (r.q_KME[k], key_TE, value_TL))
+        key_TE = value_TL = row_TD[...]
+    q_ME, key_TE, value_TL = (y.astype(options.compute) for y in (x.q_KME[k], key_TE, value_TL))
 
-    s_MT = dot(q_ME, key_TE, (((1,), (1,)), ((), ()))) * x.options.scale
+    s_MT = dot(q_ME, key_TE, (((1,), (1,)), ((), ()))) * options.scale
     if scales is not None:
         s_MT *= scales[0]
-    if x.options.soft_cap is not None:
-        s_MT = jnp.tanh(s_MT / x.options.soft_cap) * x.options.soft_cap
+    if options.soft_cap is not None:
+        s_MT = jnp.tanh(s_MT / options.soft_cap) * options.soft_cap
     s_MT = jnp.where(visible_MT, s_MT, -jnp.inf)
     # `m` starts at the lowest number, not at -inf: -inf - -inf would be NaN.
-    m_M1 = jnp.maximum(r.m_KM1[k], s_MT.max(axis=1, keepdims=True))
+    m_M1 = jnp.maximum(x.m_KM1[k], s_MT.max(axis=1, keepdims=True))
     p_MT = jnp.exp(s_MT - m_M1)
-    shrink_M1 = jnp.exp(r.m_KM1[k] - m_M1)
-    r.m_KM1[k] = m_M1
-    r.l_KM1[k] = r.l_KM1[k] * shrink_M1 + p_MT.sum(axis=1, keepdims=True)
+    shrink_M1 = jnp.exp(x.m_KM1[k] - m_M1)
+    x.m_KM1[k] = m_M1
+    x.l_KM1[k] = x.l_KM1[k] * shrink_M1 + p_MT.sum(axis=1, keepdims=True)
     if scales is not None:
         p_MT *= scales[1]
-    sum_ML = dot(p_MT.astype(x.compute), value_TL, (((1,), (0,)), ((), ())))
-    r.acc_KML[k] = r.acc_KML[k] * shrink_M1 + sum_ML
+    sum_ML = dot(p_MT.astype(options.compute), value_TL, (((1,), (0,)), ((), ())))
+    x.acc_KML[k] = x.acc_KML[k] * shrink_M1 + sum_ML

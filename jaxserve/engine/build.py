@@ -158,7 +158,7 @@ def build_jax(
     page_size = config.cache.page_size
     token_bytes = kernels.bytes_per_token(held, page_size)
     num_pages = serving_pages(config, held, token_bytes, lambda: _free_bytes(mesh))
-    kernels.check_pool(num_pages * page_size * token_bytes // mesh.size)
+    kernels.check_pool(held, num_pages, page_size, num_devices=mesh.size)
     progress(f"kernels: {kernels}")
     executor = JaxExecutor(
         model,

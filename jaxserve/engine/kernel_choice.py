@@ -52,28 +52,31 @@ class KernelChoice:
 
     def bytes_per_token(self, model: ModelConfig, page_size: int) -> int:
         """Bytes that one token's keys, values and scales take in all layers, on all devices."""
-        make = partial(
-            init_layer,
-            model,
-            1,
-            page_size=page_size,
-            kernels=self.attention,
-            kv_dtype=self.kv_dtype,
-        )
-        return model.num_layers * page_bytes(jax.eval_shape(make)) // page_size
+        return model.num_layers * page_bytes(self._pages(model, 1, page_size)) // page_size
 
-    def check_pool(self, device_bytes: int) -> None:
-        """Raise ConfigError for a pool whose size on one device the kernels cannot address.
+    def check_pool(
+        self, model: ModelConfig, num_pages: int, page_size: int, *, num_devices: int
+    ) -> None:
+        """Raise ConfigError for a pool whose part on a device the kernels cannot address.
 
         Triton's lowering counts offsets in 32 signed bits up to 4 GiB (jax 0.10.2 to 0.12.0.1), of
         which numbers of one byte need one more.
         """
-        one_byte = jnp.dtype(self.kv_dtype).itemsize == 1
-        if self.attention == backends.PALLAS_GPU and one_byte and 2**31 <= device_bytes <= 2**32:
+        if self.attention != backends.PALLAS_GPU or jnp.dtype(self.kv_dtype).itemsize > 1:
+            return
+        pages = self._pages(model, num_pages * model.num_layers, page_size)
+        numbers = pages.kv_NKSD.size // num_devices
+        if 2**31 <= numbers <= 2**32:
             raise ConfigError(
-                f"num_pages: got {device_bytes / 2**30:.2f} GiB of {self.kv_dtype} on a device;"
-                " allowed: less than 2 GiB or more than 4, or --kernels=xla"
+                f"num_pages: got {num_pages}, {numbers / 2**30:.2f} GiB of {self.kv_dtype} on a"
+                " device; allowed: less than 2 GiB or more than 4, or --kernels=xla"
             )
+
+    def _pages(self, model: ModelConfig, num_pages: int, page_size: int) -> Any:
+        """The shapes of so many pages."""
+        sizes: dict[str, Any] = {"page_size": page_size, "kernels": self.attention}
+        sizes["kv_dtype"] = self.kv_dtype
+        return jax.eval_shape(partial(init_layer, model, num_pages, **sizes))
 
 
 def choose_kernels(

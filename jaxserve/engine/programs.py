@@ -21,7 +21,7 @@ from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.kernel_choice import init_layer
 from jaxserve.engine.slice_program import DeviceState, SliceOutput, SliceProgram
-from jaxserve.kernels.backend import platform_of, resolve
+from jaxserve.kernels.backend import CPU, is_interpreted, platform_of, resolve
 from jaxserve.kernels.kv_pages import copy_pages
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.decoder import Decoder, Init
@@ -94,6 +94,7 @@ class Programs:
         self.kv_dtype = kv_dtype or dtype
         platform = platform_of(mesh.devices.flat[0])
         self.kernels = resolve(kernels, platform=platform)
+        self._interpreted = is_interpreted(self.kernels, platform=platform)
         # Tiles on a TPU span the last two axes: from a projection of more, each program would first
         # make a copy of two axes for its matrix unit, most of the weights again.
         self._flat = platform == "tpu"
@@ -202,7 +203,8 @@ class Programs:
             eos_token_ids=self.config.eos_token_ids,
             num_layers=self.config.num_layers,
             window=self.config.sliding_window,
-            loop_layers=self.kernels == "cpu",
+            # What is slow to compile is compiled once: native kernels, interpreted ones.
+            loop_layers=self.kernels == CPU or self._interpreted,
             kernels=self.kernels,
         )
         weight_specs = [_sharding(weight).spec for weight in self.weights]

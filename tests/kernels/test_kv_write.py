@@ -19,6 +19,8 @@ HOPPER = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB H
 WAYS = [
     ("cpu", "float32"),
     *((b, d) for b in ("xla", "pallas_gpu") for d in ("float32", "int8", "float8_e4m3fn")),
+    ("pallas_tpu", "float32"),
+    ("pallas_tpu", "int8"),
 ]
 
 
@@ -132,6 +134,15 @@ def test_the_gpu_kernel_lowers_for_cuda_and_aliases_the_pool(head_dim, dtype):
     assert program.count("output_operand_alias<") == len(jax.tree.leaves(pages))
 
 
-def test_only_the_gpu_has_a_kernel_for_it():
+def test_each_accelerator_has_a_kernel_for_it_and_no_other_backend():
     assert implementation("pallas_gpu") == "pallas_gpu"
-    assert {implementation(name) for name in ("cpu", "xla", "reference", "pallas_tpu")} == {"xla"}
+    assert implementation("pallas_tpu") == "pallas_tpu"
+    assert {implementation(name) for name in ("cpu", "xla", "reference")} == {"xla"}
+
+
+def test_kernels_write_no_pages_of_the_cpu():
+    pages = filled("cpu", "float32")
+    with pytest.raises(ValueError, match="'pallas_gpu' writes RowPages, got KvPages"):
+        write_kv(
+            pages, *random_tokens(1), jnp.zeros(1, int), jnp.zeros(1, int), backend="pallas_gpu"
+        )

@@ -5,10 +5,9 @@ Then compiled by the real TPU compiler, where libtpu is installed; no TPU is nee
 
 import itertools
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +36,7 @@ FLOAT32 = dict(dtype="float32", C=16, S=16, G=2, Q=1, window=None, soft_cap=None
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 1e-5, "float8_e4m3fn": 1e-5}
 FEW_OPTIONS = dict(
     dtype=["float32", "bfloat16", "int8", "float8_e4m3fn"],
-    C=[80, 128, 16],
+    C=[80, 128],
     S=[64, 16],
     G=[3, 1],
     Q=[1, 16],
@@ -155,7 +154,7 @@ class Batch:
 
 @cache
 def jitted(S: int, window, soft_cap, cores: int, ring: int):
-    """Blocks of two pages. Rows of both cores are visited in an order that the interpreter draws."""
+    """Blocks of two pages; two cores take turns in an order that the interpreter draws."""
     return jax.jit(
         partial(
             attend,
@@ -195,7 +194,7 @@ def test_options_drawn_from_all_agree_with_float64():
             assert_right_and_not_with_a_wrong_page(drawn)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 999), lengths=st.lists(st.integers(0, P * 16), min_size=5, max_size=5))
 @pytest.mark.parametrize("more", [dict(Q=1), dict(Q=16, window=37, cores=2)], ids=name_of)
 def test_ragged_batches_agree_with_float64(more, seed, lengths):
@@ -208,9 +207,7 @@ def test_a_row_has_the_same_bits_in_any_batch(Q):
     batch = Batch([7, 80, 16, 0, 33], FLOAT32 | dict(Q=Q))
     together = batch.run()
     np.testing.assert_array_equal(batch.run(np.array([4, 2, 0, 3, 1])), together[[4, 2, 0, 3, 1]])
-    np.testing.assert_array_equal(batch.run(np.array([3, 4, 3, 3, 3]))[1], together[4])
-    for b in (1, 4):
-        np.testing.assert_array_equal(batch.run(np.array([b]))[0], together[b])
+    np.testing.assert_array_equal(batch.run(np.array([3, 4, 3, 3, 3]))[1], together[4])  # alone
 
 
 def test_padding_queries_and_empty_batches_stay_finite():
@@ -268,6 +265,21 @@ def test_what_has_no_kernel_is_named(more, answer):
     assert why is None if answer is None else why and answer in why
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, B, sizes",
+    [
+        ("TPU v5 lite", "bfloat16", 8, Sizes(256, 4, 1)),
+        ("TPU v5", "bfloat16", 8, Sizes(512, 4, 2)),
+        ("TPU v5", "bfloat16", 1, Sizes(512, 4, 1)),
+        ("TPU v6 lite", "float32", 8, Sizes(256, 4, 1)),
+        ("TPU of another day", "float32", 8, Sizes(128, 4, 1)),
+    ],
+)
+def test_sizes_follow_the_kind_of_device(kind, dtype, B, sizes):
+    pages = RowPages(jnp.zeros((1, 8, 16, 256), dtype), None)
+    assert default_sizes(pages, B, device_kind=kind) == sizes
+
+
 # -- Compiled for TPUs that are not there ---------------------------------------------------------
 
 KINDS = {"v5e:2x2": "TPU v5 lite", "v6e:2x2": "TPU v6 lite", "v5p:2x2x1": "TPU v5"}
@@ -280,11 +292,12 @@ FEW_COMPILED = dict(
     Q=[1, 16],
     window=[None, 4096],
     soft_cap=[None, 30.0],
+    tp=[1, 2],
 )
 ALL_COMPILED = FEW_COMPILED | dict(
     C=[16, 48, 64, 80, 96, 128, 160, 256], S=[16, 32, 64, 128], G=[1, 4, 8], Q=[1, 16, 128]
 )
-ROWS = dict(B=16, P=64)
+ROWS = dict(B=16, P=64, K=2)
 
 
 def compiles_there(case: dict[str, Any]) -> bool:
@@ -299,12 +312,20 @@ def assert_compile(cases: list[dict[str, Any]], rows: dict[str, int]) -> None:
     assert len(answers) == len(cases), done.stderr[-2000:]
     for case, answer in zip(cases, answers, strict=True):
         tokens = rows["B"] * rows["P"] * case["S"]
-        query_bytes = rows["B"] * case["Q"] * 2 * case["G"] * row_lanes(case["C"]) * 4
+        query_bytes = rows["B"] * case["Q"] * rows["K"] * case["G"] * row_lanes(case["C"]) * 4
         assert "error" not in answer, (case, answer["error"])
-        assert answer["mosaic"], case
+        narrow = case["dtype"] in ("int8", "float8_e4m3fn")
+        assert answer["kernels"] >= (3 if narrow else 2), (case, answer)
+        assert answer["aliased"] >= 0.99 * 2**31, (case, answer)
         assert answer["temporary"] <= 8 * query_bytes + 2**20, (case, answer)
-        assert answer["flops"] >= 4 * tokens * 2 * case["G"] * case["Q"] * case["C"], (case, answer)
-        assert answer["bytes"] >= tokens * 4 * case["C"] * jnp.dtype(case["dtype"]).itemsize, case
+        assert answer["flops"] >= 4 * tokens * rows["K"] * case["G"] * case["Q"] * case["C"], (
+            case,
+            answer,
+        )
+        assert (
+            answer["bytes"]
+            >= tokens * rows["K"] * 2 * case["C"] * jnp.dtype(case["dtype"]).itemsize
+        ), case
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -320,7 +341,7 @@ def test_every_two_options_together_compile_for_tpus():
 @needs_libtpu
 def test_a_table_beyond_scalar_memory_compiles():
     case = dict(topology="v5e:2x2", dtype="bfloat16", C=128, S=16, G=4, Q=1)
-    assert_compile([case | dict(window=None, soft_cap=None)], dict(B=256, P=2048))
+    assert_compile([case | dict(window=None, soft_cap=None, tp=1)], dict(B=256, P=2048, K=8))
 
 
 @needs_libtpu
@@ -328,7 +349,7 @@ def test_a_table_beyond_scalar_memory_compiles():
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("topology", KINDS)
 def test_all_options_compile_for_tpus(topology: str):
-    options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0])
+    options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0], tp=[1])
     names = list(options)
     cases = [dict(zip(names, c, strict=True)) for c in itertools.product(*options.values())]
     assert_compile([case for case in cases if compiles_there(case)], ROWS)

@@ -3,6 +3,7 @@
 Dimension key: B rows  V vocabulary  E ids  T tokens  n alternatives
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 
 from jaxserve.kernels import sampling
 from jaxserve.kernels.sampling import N_TOP, NARROW, PROMPT_FLAG, RowParams
@@ -328,3 +330,17 @@ def test_logprobs_nobody_wants_are_empty():
     compute = jax.jit(partial(sampling.token_logprobs, jnp.zeros((2, V), jnp.float32)))
     chosen_B, ids_Bn, top_Bn = compute(jnp.zeros(2, jnp.int32), jnp.bool(False))
     assert (chosen_B == 0).all() and (ids_Bn == -1).all() and (top_Bn == 0).all()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_no_code_of_a_cpu_and_no_sort_of_a_vocabulary(platform):
+    def step(x_BV, position_B):
+        params = row_params([NARROW_ROW, PURE, MANY])
+        tokens_B, finite_B = sampling.sample(x_BV, params, position_B, jnp.ones(3, bool))
+        return tokens_B, finite_B, sampling.token_logprobs(x_BV, tokens_B, jnp.bool_(True))
+
+    shapes = jax.ShapeDtypeStruct((3, V), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    program = export.export(jax.jit(step), platforms=[platform])(*shapes).mlir_module()
+    assert "custom_call" not in program
+    shapes = re.findall(r'"stablehlo\.sort".*?\}\) : \(tensor<([0-9x]+)x[a-z]', program, re.S)
+    assert shapes and max(int(size) for shape in shapes for size in shape.split("x")) < V / 2

@@ -196,6 +196,7 @@ def test_unknown_and_bad_variables_are_named():
         ),
         (["--mesh=2"], "mesh: got '2'; allowed: auto or tp=<number of devices>"),
         (["--page_size=24"], "page_size: got 24; allowed: 8, 16 ... 256"),
+        (["--kv_dtype=int4"], "kv_dtype: got 'int4'; allowed: auto, float32, bfloat16, int8"),
         (["--kv_memory_fraction=2"], "kv_memory_fraction: got 2.0; allowed"),
     ],
 )

@@ -1,0 +1,110 @@
+"""Finds block sizes for the GPU kernels on the device at hand, and writes them into the table.
+
+One field is varied after another, from the default on, until none is better: fields act nearly
+alone, and each try compiles a kernel. Knows `kernels/block_sizes.py` as a module and as text.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from jaxserve.bench.kernels import Sizes, decode_operands, time_decode, time_prefill
+from jaxserve.kernels import block_sizes
+from jaxserve.kernels.block_sizes import GpuBlocks, default_gpu_blocks
+
+Key = tuple[str, int, int, str]
+"""Device kind, head size, page size, dtype."""
+
+_DECODE: Final[dict[str, tuple[int, ...]]] = {
+    "step_keys": (16, 32, 64, 128),
+    "num_stages": (3, 4, 5, 6, 7, 9),
+    "num_warps": (2, 4, 8),
+    "programs": (132, 264, 396, 528, 1056),
+    "piece_keys": (128, 256, 512, 1024),
+    "most_pieces": (16, 32, 64),
+}
+_TILE: Final[dict[str, tuple[int, ...]]] = {
+    "rows": (32, 64, 128, 256),
+    "step_keys": (16, 32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5, 7),
+}
+_GAIN: Final = 0.99  # less is noise, and stays as it was
+_BEGIN, _END = "# tuned rows begin\n", "# tuned rows end\n"
+
+
+def descend(
+    start: Any, choices: Mapping[str, tuple[int, ...]], cost: Callable[[Any], float]
+) -> tuple[Any, float]:
+    """The record of least cost that changing one field at a time leads to, and its cost.
+
+    `cost` may raise for sizes that do not compile or do not fit: they cost infinitely much.
+    """
+    best, least = start, cost(start)
+    improved = True
+    while improved:
+        improved = False
+        for field, values in choices.items():
+            for value in values:
+                tried = best._replace(**{field: value})
+                if tried == best:
+                    continue
+                try:
+                    seconds = cost(tried)
+                except Exception:  # too many registers, too much shared memory, sizes that clash
+                    continue
+                if seconds < _GAIN * least:
+                    best, least, improved = tried, seconds, True
+    return best, least
+
+
+def tune(sizes: Sizes, dtype: str, *, say: Callable[[str], None], quick: bool) -> GpuBlocks:
+    """Block sizes for these heads and pages: least time summed over the decode shapes, and least
+    time of the prefill. `quick` tries one value per kernel, which proves the way."""
+    default = default_gpu_blocks(sizes.head_dim, dtype)
+    batches = [decode_operands(sizes, lengths, dtype) for _, lengths in sizes.decode]
+
+    def decode_s(decode) -> float:
+        if decode.piece_keys % decode.step_keys:
+            raise ValueError(f"piece_keys: got {decode.piece_keys}; allowed: whole steps")
+        blocks = GpuBlocks(decode, default.tile)
+        seconds = sum(time_decode(x, budget_s=sizes.budget_s, blocks=blocks) for x in batches)
+        say(f"{seconds * 1e6:9.1f} us  {decode}")
+        return seconds
+
+    def tile_s(tile) -> float:
+        blocks = GpuBlocks(default.decode, tile)
+        seconds, _ = time_prefill(sizes, blocks=blocks, dtype=dtype)
+        say(f"{seconds * 1e6:9.1f} us  {tile}")
+        return seconds
+
+    few = {"step_keys": (16,)}
+    decode, _ = descend(default.decode, few if quick else _DECODE, decode_s)
+    tile, _ = descend(default.tile, few if quick else _TILE, tile_s)
+    return GpuBlocks(decode, tile)
+
+
+def write_rows(rows: Mapping[Key, GpuBlocks], path: str | Path = block_sizes.__file__) -> None:
+    """Add rows to the table in the file, replacing those of the same key; rows are kept sorted."""
+    path = Path(path)
+    text = path.read_text()
+    head, rest = text.split(_BEGIN)
+    _, tail = rest.split(_END)
+    path.write_text("".join([head, _BEGIN, *_lines({**block_sizes.GPU, **rows}), _END, tail]))
+
+
+def _lines(rows: Mapping[Key, GpuBlocks]) -> Iterator[str]:
+    """The table as the formatter would write it."""
+    declared = "GPU: Final[dict[tuple[str, int, int, str], GpuBlocks]] = {"
+    if not rows:
+        yield f"{declared}}}\n"
+        return
+    yield f"{declared}\n"
+    for (device, *numbers, dtype), blocks in sorted(rows.items()):
+        key = ", ".join([f'"{device}"', *map(str, numbers), f'"{dtype}"'])
+        yield f"    ({key}): GpuBlocks(\n"
+        for record in blocks:
+            values = ", ".join(map(str, record))
+            yield f"        {type(record).__name__}({values}),\n"
+        yield "    ),\n"
+    yield "}\n"
