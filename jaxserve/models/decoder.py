@@ -217,9 +217,10 @@ def _run_unrolled(
     layers: Sequence[Layer], x: Array, rotation: tuple[Array, Array], attend: Attend, memory: Any
 ) -> tuple[Array, Any]:
     for number, layer in enumerate(layers):
-        part = nnx.split(layer)
-        attended, memory = attend(number, *_before_attention(*part, rotation, x), memory)
-        x = _after_attention(*part, x, attended)
+        graphdef, weights = nnx.split(layer)
+        qkv = _before_attention(graphdef, weights, rotation, x)
+        attended, memory = attend(number, *qkv, memory)
+        x = _after_attention(graphdef, weights, x, attended)
     return x, memory
 
 
