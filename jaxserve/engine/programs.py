@@ -99,15 +99,14 @@ class Programs:
         # make a copy of two axes for its matrix unit, most of the weights again.
         self._flat = platform == "tpu"
         self.state_specs, self.state = self._abstract_state()
-        self._graphdef, self._weights_def, self._share_shapes = self._abstract_share()
+        self._graphdef, self._weights_def = self._abstract_share()
         self.weights = self._abstract_weights()
 
-    def _abstract_share(self) -> tuple[nnx.GraphDef, Any, list[tuple[int, ...]]]:
-        """One device's decoder: how it is put together from which weights, and their shapes."""
+    def _abstract_share(self) -> tuple[nnx.GraphDef, Any]:
+        """One device's decoder: how it is put together, from a list of which weights."""
         axis = TP if self.mesh.size > 1 else None
         graphdef, state = nnx.split(self._decoder(share_of(self.config, self.mesh.size), axis))
-        leaves, treedef = jax.tree.flatten(state)
-        return graphdef, treedef, [leaf.shape for leaf in leaves]
+        return graphdef, jax.tree.structure(state)
 
     def _abstract_weights(self) -> list[jax.ShapeDtypeStruct]:
         """The shapes of all weights, on all devices together, in the order of the decoder's."""
@@ -199,7 +198,6 @@ class Programs:
         slice_program = SliceProgram(
             decoder_def=self._graphdef,
             treedef=self._weights_def,
-            weight_shapes=self._share_shapes,
             bucket=bucket,
             shape=self.shape,
             eos_token_ids=self.config.eos_token_ids,

@@ -80,7 +80,6 @@ class SliceProgram:
 
     decoder_def: nnx.GraphDef
     treedef: Any  # of the weights
-    weight_shapes: list[tuple[int, ...]]  # of each, as the decoder wants it; they may come flat
     bucket: Bucket
     shape: BatchShape
     eos_token_ids: tuple[int, ...]
@@ -92,10 +91,7 @@ class SliceProgram:
     def __call__(
         self, weights: list[Array], state: DeviceState, buffer: Array
     ) -> tuple[DeviceState, SliceOutput]:
-        shaped = [
-            weight.reshape(shape) for weight, shape in zip(weights, self.weight_shapes, strict=True)
-        ]
-        decoder = nnx.merge(self.decoder_def, jax.tree.unflatten(self.treedef, shaped))
+        decoder = nnx.merge(self.decoder_def, jax.tree.unflatten(self.treedef, weights))
         rows = _Rows(self, buffer, state)
         loop = rows.first(state)
         if self.bucket.tiles:
@@ -150,7 +146,8 @@ class SliceProgram:
 
         Every family served here has the scale 1 / sqrt(C) and no soft cap.
         """
-        return ragged_attention(
+        attend = ragged_attention if self.loop_layers else _attention
+        return attend(
             q_XHC, pages, table_BP, tiles, length_B, window=self.window, backend=self.kernels
         )
 
@@ -320,9 +317,11 @@ class _Rows:
         return SliceOutput(packed, loop.logprob_SB, loop.top_ids_SBN, loop.top_logprobs_SBN)
 
 
-# Jitted so that programs, and the two places of a mixed one, share their traces.
+# Jitted so that programs, the two places of a mixed one, and layers that are unrolled share their
+# traces.
 _sample = jax.jit(sampling.sample)
 _token_logprobs = jax.jit(sampling.token_logprobs)
+_attention = jax.jit(ragged_attention, static_argnames=("window", "backend"))
 
 
 def _ints(record: Array, name: str) -> Array:

@@ -50,7 +50,7 @@ def compute_profile(
     if copies > 1:
         notes.append(
             f"{num_devices} devices share {model.num_kv_heads} kv heads: keys and values are held"
-            f" {copies} times, which serving cannot do yet"
+            f" {copies} times"
         )
     return Profile(
         kind=COMPUTED,

@@ -37,7 +37,7 @@ traced int32 when the layers run in a loop; `memory` is a pytree of the caller's
 
 
 class Projection(nnx.Module):
-    """A linear map from the last axis to `out_shape`; the weight is [D, *out_shape].
+    """A linear map from the last axis to `out_shape`; the weight is [D, *out_shape], or that flat.
 
     The door for other weights: a quantised projection is another leaf with the same call.
     """
@@ -217,8 +217,10 @@ def _run_unrolled(
     layers: Sequence[Layer], x: Array, rotation: tuple[Array, Array], attend: Attend, memory: Any
 ) -> tuple[Array, Any]:
     for number, layer in enumerate(layers):
-        attended, memory = attend(number, *layer.before_attention(x, rotation), memory)
-        x = layer.after_attention(x, attended)
+        graphdef, weights = nnx.split(layer)
+        qkv = _before_attention(graphdef, weights, rotation, x)
+        attended, memory = attend(number, *qkv, memory)
+        x = _after_attention(graphdef, weights, x, attended)
     return x, memory
 
 
