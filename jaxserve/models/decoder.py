@@ -218,8 +218,8 @@ def _run_unrolled(
 ) -> tuple[Array, Any]:
     for number, layer in enumerate(layers):
         graphdef, weights = nnx.split(layer)
-        qkv = _before_attention(graphdef, weights, rotation, x)
-        attended, memory = attend(number, *qkv, memory)
+        q, k, v = _before_attention(graphdef, weights, rotation, x)
+        attended, memory = attend(number, q, k, v, memory)
         x = _after_attention(graphdef, weights, x, attended)
     return x, memory
 
