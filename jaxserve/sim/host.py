@@ -33,6 +33,10 @@ class Host(Protocol):
         """When it next takes commands; `plan` is the slice that was parsed or dispatched."""
         ...
 
+    def again_s(self, now_s: float) -> float | None:
+        """When it looks for commands once more before it waits for the device; None: it does not."""
+        ...
+
     def host_s(self, number: int, worked_s: float) -> float:
         """What it says of its work around a slice, having worked so long in virtual time."""
         ...
@@ -55,6 +59,9 @@ class ModelledHost:
         work = SliceShape(plan.steps, len(plan.rows), 0, plan.num_prefill_tokens)
         exposed_s = self._exposed_s[plan.number] = self._exposed * self._time.host_s(work)
         return now_s + (1 - PARSE_SHARE) * exposed_s
+
+    def again_s(self, now_s: float) -> float | None:
+        return None  # what comes while it reports is rare enough to wait for the slice's end
 
     def host_s(self, number: int, worked_s: float) -> float:
         return worked_s / self._exposed

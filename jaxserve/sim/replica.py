@@ -142,7 +142,12 @@ class SimulatedReplica:
 
     def _wait(self, now_s: float) -> None:
         if self._flights:
-            self._agenda.at(max(now_s, self._flights[0][1].ready_s), self._parse)
+            ready_s = max(now_s, self._flights[0][1].ready_s)
+            again_s = self._host.again_s(now_s)
+            if again_s is not None and again_s < ready_s:
+                self._agenda.at(again_s, self._turn)
+            else:
+                self._agenda.at(ready_s, self._parse)
             return
         self._idle = True
         expiry_s = self.core.next_expiry_s() if self.core.jobs else None

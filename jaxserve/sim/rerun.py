@@ -107,6 +107,10 @@ class _RecordedHost:
         place = find(self._turns, now_s)
         return self._turns[place] if place < len(self._turns) else now_s
 
+    def again_s(self, now_s: float) -> float | None:
+        place = bisect_right(self._turns, now_s)
+        return self._turns[place] if place < len(self._turns) else None
+
     def host_s(self, number: int, worked_s: float) -> float:
         live = self._results.get(number)
         return worked_s if live is None else live["host_s"]

@@ -172,7 +172,7 @@ class RooflineTime:
         return max(memory_s, compute_s) + self._sums_s(rows, tokens) + assumed.step_s
 
     def step_bytes(
-        self, rows: int, tokens: int, attended: float, prefill_attended: float = 0
+        self, rows: int, tokens: int, attended: float, prefill_attended: int = 0
     ) -> float:
         """Read and written on one device by a step of `tokens` tokens, those of `rows` rows among
         them, which attend to `attended` others in all."""
