@@ -34,7 +34,7 @@ class Host(Protocol):
         ...
 
     def again_s(self, now_s: float) -> float | None:
-        """When it looks for commands once more before it waits for the device; None: it does not."""
+        """When it takes commands once more before it waits for the device; None: it does not."""
         ...
 
     def host_s(self, number: int, worked_s: float) -> float:
