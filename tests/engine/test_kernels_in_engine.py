@@ -38,6 +38,7 @@ def test_tokens_equal_a_full_recompute(kernels: str, mesh: str) -> None:
     EqualityCheck(GRID, kernels=kernels, mesh=mesh).run(CELL)
 
 
+@pytest.mark.full
 def test_quantised_pages_give_the_same_tokens_on_every_backend() -> None:
     """Both read the same stored numbers, and quantise alike, on one device or two."""
     one = EqualityCheck(GRID, kernels="pallas_gpu", kv_dtype="int8")
