@@ -31,9 +31,9 @@ class Part(NamedTuple):
 
 
 def _is_tiny() -> bool:
-    import jax
+    from jaxserve.bench.kernels import on_cpu
 
-    return jax.default_backend() != "gpu"
+    return on_cpu()
 
 
 def correctness(seconds: float) -> Numbers:
@@ -93,13 +93,15 @@ def _settings(arguments: list[str]) -> Settings:
 def engine(seconds: float) -> Numbers:
     """Decode steps of whole slices, and what weights, keys and products would take at least.
 
-    The bytes and FLOPs are of the data sheet's kind: every weight and every row's keys read once.
+    The bytes and FLOPs are those of the computed profiles: every weight and every row's keys read
+    once. It takes as long as building a deployment does, not `seconds`.
     """
     from jaxserve.config import EngineConfig
     from jaxserve.engine.build import TILE, build_jax, serving_buckets
     from jaxserve.engine.measure import Limits, Point, SliceBench
     from jaxserve.models.profile import ModelShape
     from jaxserve.models.sources import load_model_config, parse_source
+    from jaxserve.schedulers.estimators.roofline_time import DEVICES, RooflineTime
 
     tiny = _is_tiny()
     flags = _deployment(tiny, rows=max(_STEPS)[0], prompt_tokens=64)
@@ -119,23 +121,22 @@ def engine(seconds: float) -> Numbers:
         num_pages=info.num_pages,
     )
     bench = SliceBench(executor, limits)
+    # Bytes and products are the model's; the data sheet's rates are not read.
     sizes = ModelShape.of(model).sizes(info.dtype)
-    unread = 0 if sizes.tied_embeddings else sizes.head_weights * sizes.value_bytes
+    counts = RooflineTime(sizes=sizes, device=DEVICES["h200"], num_devices=1)
     steps = []
     for rows, context in _TINY_STEPS if tiny else _STEPS:
         point = Point(_SLICE_STEPS, (context,) * rows)
         bench.run(point)
         times = [bench.run(point)[1] / _SLICE_STEPS for _ in range(5)]
         attended = rows * (context + _SLICE_STEPS / 2)
-        products = rows * (sizes.linear_weights + sizes.head_weights)
-        attention = 2 * sizes.num_layers * sizes.num_heads * sizes.head_dim * attended
         steps.append(
             {
                 "rows": rows,
                 "context": context,
                 "step_s": statistics.median(times),
-                "bytes": sizes.weight_bytes - unread + attended * sizes.kv_bytes_per_token,
-                "flops": 2 * (products + attention),
+                "bytes": counts.step_bytes(rows, rows, attended),
+                "flops": counts.step_flops(rows, rows, attended),
             }
         )
     return {

@@ -27,8 +27,9 @@ class SliceTime(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of the host's work around a slice: `slice_s` for any, `row_s` for each row, `token_s`
-    for each row and step (at most a token to hand on), `prompt_s` for each prompt token."""
+    """Seconds of the host's processor around a slice: `slice_s` for any, `row_s` for each row,
+    `token_s` for each row and step (at most a token to hand on), `prompt_s` for each prompt
+    token."""
 
     slice_s: float = 0.0
     row_s: float = 0.0
