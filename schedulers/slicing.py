@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from .estimators.serving_time import ServingTime, SliceShape
+from .estimators.serving_time import UNMEASURED, ServingTime, SliceOverhead, SliceShape
 from .parameters import positive, require
 
 
 @dataclass(frozen=True, slots=True)
 class SliceBounds:
     """What the engine allows: S, tokens of the longest context, the longest time that slices in
-    flight may take (0: unbounded), and whether two may be in flight."""
+    flight may take (0: unbounded), and whether two may be in flight; and what each costs it."""
 
     slice_steps: int
     max_context: int
     max_gap_s: float
     overlap: bool
+    overhead: SliceOverhead = UNMEASURED
 
     @property
     def depth(self) -> int:
@@ -156,15 +157,16 @@ class AdaptiveParameters:
 class Adaptive:
     """The length that loses least, in row-steps per step.
 
-    A slice of S steps over B rows costs the host's work once, H steps' worth of time for B rows, a
-    dispatch's fixed cost on the device, F, and P more if there are prompts in it. What ends or
-    arrives inside it waits for its end, S / 2 steps on average; with a second slice in flight it
-    waits for that one too, but the host's work is hidden. With r such events per step, each of
-    which brings a prompt, P' = P (1 - exp(-r S)) is paid on average, and a step loses
-        depth 1:  (H + F + P') B / S + r S / 2
-        depth 2:  (F + P') B / S + 3 r S / 2      with S >= H
-    Without P the first is least at S = sqrt(2 (H + F) B / r); with it slices are longer, which
-    gathers prompts into fewer of them. Events are arrivals, estimated from their
+    A slice of S steps over B rows costs the host's work once, H steps' worth of time for B rows,
+    and a dispatch's fixed cost on the device, F. What ends or arrives inside it waits for its end,
+    S / 2 steps on average; with a second slice in flight it waits for that one too, but the host's
+    work is hidden. With r such events per step, a step loses
+        depth 1:  (H + F) B / S + r S / 2
+        depth 2:  F B / S + 3 r S / 2      with S >= H
+    The first is least at S = sqrt(2 (H + F) B / r). (What a step with prompts costs beyond their
+    tokens would be saved, too, by slices that gather prompts. Weighed as the others are, it made
+    first tokens 5 to 25 % later at 50 to 100 % load on a modelled CPU, and nothing faster.)
+    Events are arrivals, estimated from their
     gaps, and, only when there is a backlog, rows that end (hazard per token): an idle row
     costs nothing that anybody waits for otherwise. With a backlog the slice may run to 2 S but ends
     once r S rows have ended, which is what S stands for. Prompts cut by the token budget make it
@@ -181,7 +183,7 @@ class Adaptive:
         self.max_steps = bounds.slice_steps
         self._bounds = bounds
         self._parameters = parameters or AdaptiveParameters()
-        self._time = ServingTime(forgetting=self._parameters.forgetting)
+        self._time = ServingTime(bounds.overhead, forgetting=self._parameters.forgetting)
         self._num_ran = 0
         self._host_s = self._parameters.host_s
         # Tokens and ends of past slices, older ones counting less: their ratio is the hazard.
@@ -216,16 +218,15 @@ class Adaptive:
         if view.cut_prompts:
             steps, depth = self._bounded(1.0, view, rows, self._bounds.depth)
             return SliceLength(steps, rows, depth)
-        step_s, fixed_s = self._step_s(view, rows)
-        prompts = self._time.prompts_s() / step_s
+        step_s = self._time.step_s(rows, view.context_tokens)
         if view.backlog:
             events = ends = rows * max(self._ended / self._made, 1e-6)
         else:
             ends, events = 0.0, self._arrivals_per_s(view.now_s) * step_s
         events = max(events, 1e-9)
-        host, fixed = self._host_s / step_s, fixed_s / step_s
-        one, loss_one = least_loss(host + fixed, prompts, rows, events, waits=1, at_least=0.0)
-        two, loss_two = least_loss(fixed, prompts, rows, events, waits=3, at_least=max(host, 1.0))
+        host, fixed = self._host_s / step_s, self._bounds.overhead.dispatch_s / step_s
+        one, loss_one = least_loss(host + fixed, rows, events, waits=1, at_least=0.0)
+        two, loss_two = least_loss(fixed, rows, events, waits=3, at_least=max(host, 1.0))
         depth = 2 if self._bounds.overlap and loss_two < loss_one else 1
         best = two if depth == 2 else one
         longest = max(view.remaining, default=1)
@@ -244,12 +245,6 @@ class Adaptive:
         attended = steps * view.context_tokens + rows * steps * (steps + 1) // 2
         return SliceShape(steps, rows, attended, view.prefill_tokens)
 
-    def _step_s(self, view: SlicingView, rows: int) -> tuple[float, float]:
-        """Predicted seconds of a step, and of a slice beyond its steps."""
-        one, two = self._time.decode_s(rows, view.context_tokens)
-        step_s = max(two - one, 1e-6)
-        return step_s, max(one - step_s, 1e-5)
-
     def _bounded(self, steps: float, view: SlicingView, rows: int, depth: int) -> tuple[int, int]:
         """Steps and depth within the gap: fewer steps first, then fewer slices in flight."""
         best, gap_s = max(1, min(self.max_steps, round(steps))), self._bounds.max_gap_s
@@ -263,16 +258,8 @@ class Adaptive:
 
 
 def least_loss(
-    fixed: float, prompts: float, rows: int, events: float, *, waits: int, at_least: float
+    fixed: float, rows: int, events: float, *, waits: int, at_least: float
 ) -> tuple[float, float]:
-    """The S with the least (fixed + prompts (1 - exp(-events S))) rows / S + waits events S / 2,
-    and that. Where the derivative is 0, S^2 waits events / (2 rows) is the fixed cost and the
-    share 1 - (1 + x) exp(-x), x = events S, of the prompts': found by going there a few times."""
-    square = 2 * rows / (waits * events)
-    steps = math.sqrt(square * fixed)
-    for _ in range(3):
-        x = events * steps
-        steps = math.sqrt(square * (fixed + prompts * (1 - (1 + x) * math.exp(-x))))
-    steps = max(steps, at_least)
-    cost = fixed + prompts * -math.expm1(-events * steps)
-    return steps, cost * rows / steps + waits * events * steps / 2
+    """The S with the least fixed rows / S + waits events S / 2, and that."""
+    steps = max(math.sqrt(2 * rows * fixed / (waits * events)), at_least)
+    return steps, fixed * rows / steps + waits * events * steps / 2

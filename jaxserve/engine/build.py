@@ -13,6 +13,8 @@ from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
 from jaxserve.engine.event_log import EventLog
 from jaxserve.engine.executor import Executor
+from jaxserve.engine.measure import Limits as BenchLimits
+from jaxserve.engine.overhead import measure_overhead, predicted_overhead
 from jaxserve.engine.scripted import Pace, ScriptedExecutor
 from jaxserve.engine.statistics import Compiles
 from jaxserve.errors import ConfigError
@@ -24,6 +26,7 @@ from jaxserve.models.sources import ModelSource, load_model_config, load_weights
 from jaxserve.models.text_files import check_vocabulary, tokenizer_file
 from jaxserve.request import Limits
 from jaxserve.schedulers.estimators.memory import KvMemory
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED, SliceOverhead
 
 TILE = 32
 """Prompt tokens per tile: chunks are rounded up to it."""
@@ -43,10 +46,16 @@ def build_engine(
         check_vocabulary(tokenizer, model.vocab_size)
     if config.executor == "jax":
         executor, info, compiles = build_jax(config, source, model, progress)
+        limits = bench_limits(config, max_context=model.max_context, num_pages=info.num_pages)
+        overhead = measure_overhead(executor, limits)
+        progress(
+            f"a slice: {1e3 * overhead.dispatch_s:.2f} ms beyond its steps,"
+            f" {1e3 * overhead.prompts_s:.2f} ms more with prompts"
+        )
     else:
-        executor, info = _build_scripted(config, model)
+        executor, info, overhead = _build_scripted(config, model)
         compiles = Compiles
-    core = EngineCore(core_config(config, model, info.num_pages), compiles=compiles)
+    core = EngineCore(core_config(config, model, info.num_pages, overhead), compiles=compiles)
     tokens = info.num_pages * info.page_size
     progress(f"KV pool: {info.num_pages} pages of {info.page_size} tokens, {tokens} tokens")
     log = EventLog(config.event_log, core.config) if config.event_log else None
@@ -61,7 +70,12 @@ def build_engine(
     )
 
 
-def core_config(config: EngineConfig, model: ModelConfig, num_pages: int) -> CoreConfig:
+def core_config(
+    config: EngineConfig,
+    model: ModelConfig,
+    num_pages: int,
+    overhead: SliceOverhead = UNMEASURED,
+) -> CoreConfig:
     """The core's part of a configuration."""
     return CoreConfig(
         limits=_limits(config, model),
@@ -71,6 +85,7 @@ def core_config(config: EngineConfig, model: ModelConfig, num_pages: int) -> Cor
         prefix_cache=config.cache.prefix_cache,
         tile=TILE,
         scheduler=config.scheduler,
+        overhead=overhead,
     )
 
 
@@ -82,11 +97,27 @@ def _limits(config: EngineConfig, model: ModelConfig) -> Limits:
     )
 
 
-def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor, ModelInfo]:
+def bench_limits(config: EngineConfig, *, max_context: int, num_pages: int) -> BenchLimits:
+    """What slices of a deployment may be measured with."""
+    return BenchLimits(
+        buckets=serving_buckets(config),
+        tile=TILE,
+        max_rows=config.scheduler.max_rows,
+        max_steps=config.scheduler.make_slicing(max_context=max_context).max_steps,
+        max_context=max_context,
+        page_size=config.cache.page_size,
+        num_pages=num_pages,
+    )
+
+
+def _build_scripted(
+    config: EngineConfig, model: ModelConfig
+) -> tuple[Executor, ModelInfo, SliceOverhead]:
+    pace = _pace(config, model) if config.executor == "paced" else None
     executor = ScriptedExecutor(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        pace=_pace(config, model) if config.executor == "paced" else None,
+        pace=pace,
     )
     num_pages = config.cache.num_pages or _pages_rows_can_use(config, model)
     info = ModelInfo(
@@ -102,7 +133,11 @@ def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor,
         device_kind="scripted",
         num_devices=0,
     )
-    return executor, info
+    overhead = UNMEASURED
+    if pace is not None:
+        limits = bench_limits(config, max_context=model.max_context, num_pages=num_pages)
+        overhead = predicted_overhead(pace, limits, vocab_size=model.vocab_size)
+    return executor, info, overhead
 
 
 def _pace(config: EngineConfig, model: ModelConfig) -> Pace:

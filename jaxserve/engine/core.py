@@ -84,7 +84,9 @@ class EngineCore:
         self.meter = ServiceMeter(order)
         self.order: Order = self.meter  # counts what each client is served, and hands events on
         self.admission = make_admission(scheduler.admission, scheduler.admission_options)
-        self.slicing = scheduler.make_slicing(max_context=config.limits.max_context)
+        self.slicing = scheduler.make_slicing(
+            max_context=config.limits.max_context, overhead=config.overhead
+        )
         self.victim_key = victim_key(scheduler.victim)
         # What the cache holds is nothing to the meter.
         self.pool = PagePool(config.num_pages, config.page_size, on_cache_change=order.on)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from jaxserve import __version__
 from jaxserve.config import EngineConfig
 from jaxserve.engine.buckets import Bucket, Buckets
-from jaxserve.engine.build import TILE
+from jaxserve.engine.build import bench_limits
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.measure import (
     Limits,
@@ -124,16 +124,8 @@ def measure_profile(
 
 
 def _limits(config: EngineConfig, buckets: tuple[Bucket, ...], info: ModelInfo) -> Limits:
-    max_context = info.config.max_context
-    return Limits(
-        buckets=buckets,
-        tile=TILE,
-        max_rows=config.scheduler.max_rows,
-        max_steps=config.scheduler.make_slicing(max_context=max_context).max_steps,
-        max_context=max_context,
-        page_size=info.page_size,
-        num_pages=info.num_pages,
-    )
+    limits = bench_limits(config, max_context=info.config.max_context, num_pages=info.num_pages)
+    return replace(limits, buckets=buckets)
 
 
 def _fits(limits: Limits, measurements: Sequence[Measurement]) -> tuple[FittedTime, Errors]:

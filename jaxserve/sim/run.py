@@ -4,9 +4,11 @@ from dataclasses import dataclass, fields, replace
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.buckets import Buckets
-from jaxserve.engine.build import TILE, serving_buckets
+from jaxserve.engine.build import TILE, bench_limits, serving_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
+from jaxserve.engine.overhead import predicted_overhead
+from jaxserve.engine.scripted import Pace
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import ConfigError
 from jaxserve.fleet.router import Router
@@ -136,6 +138,7 @@ def build_fleet(
         make_routing(sim.routing, sim.routing_options, num_replicas=sim.replicas, page_size=size),
         num_replicas=sim.replicas,
     )
+    buckets = Buckets(serving_buckets(engine), tile=TILE)
     config = CoreConfig(
         limits=Limits(
             vocab_size=profile.model.vocab_size,
@@ -148,10 +151,17 @@ def build_fleet(
         prefix_cache=engine.cache.prefix_cache,
         tile=TILE,
         scheduler=engine.scheduler,
+        overhead=predicted_overhead(
+            Pace(profile.time, buckets),
+            bench_limits(
+                engine, max_context=deployment.max_context, num_pages=deployment.num_pages
+            ),
+            vocab_size=profile.model.vocab_size,
+        ),
     )
     device = Device(
         time=deployment.time(),
-        buckets=Buckets(serving_buckets(engine), tile=TILE),
+        buckets=buckets,
         vocab_size=profile.model.vocab_size,
         max_context=deployment.max_context,
         host_overlaps=profile.host_overlaps,
