@@ -39,7 +39,9 @@ def like_server(facts: ServerFacts, sim: SimConfig, profile: Profile) -> Deploym
     engine = _engine_of(facts.configuration)
     cache = replace(engine.cache, num_pages=facts.num_pages)
     sim = replace(sim, max_context=facts.max_context or 0)
-    return Deployment(engine=replace(engine, cache=cache), sim=sim, profile=profile)
+    return Deployment(
+        engine=replace(engine, cache=cache), sim=sim, profile=profile, overhead=facts.overhead
+    )
 
 
 def _engine_of(configuration: Mapping[str, str]) -> EngineConfig:

@@ -128,12 +128,12 @@ def _report(recorder: Recorder, chosen: WorkloadConfig, kind: str) -> Report:
 # What is learnt from a live run.
 
 
-def calibrated(profile: Profile, logs: Sequence[Path], of: Path) -> Profile:
+def calibrated(profile: Profile, logs: Sequence[Path], of: Sequence[Path]) -> Profile:
     """The profile with slice times and host cost of live runs, which hold what the host took of the
     device's core: terms fitted to the slices of all `logs`, for one run meets some programs hardly
-    ever; how fast the machine was, and the host, as in run `of`, for its speed drifts."""
+    ever; how fast the machine was, and the host, as in the runs `of`, for its speed drifts."""
     time = fit_time([(each.shape, each.slice_s) for log in logs for each in _usual(log)])
-    now = _usual(of)
+    now = [each for log in of for each in _usual(log)]
     speed = statistics.median(each.slice_s / time.slice_s(each.shape) for each in now)
     host = fit_host([(each.handled, each.host_s) for each in now])
     return replace(profile, time=replace(time.scaled(speed), host=host), host_overlaps=True)

@@ -4,9 +4,12 @@ from jaxserve import __version__
 from jaxserve.models.info import ModelInfo
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.request import Limits
+from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 
 
-def describe(info: ModelInfo, limits: Limits, *, replica: str) -> pb.DescribeResponse:
+def describe(
+    info: ModelInfo, limits: Limits, overhead: SliceOverhead, *, replica: str
+) -> pb.DescribeResponse:
     """What the replica says about itself; state and time are the service's."""
     config = info.config
     return pb.DescribeResponse(
@@ -35,5 +38,8 @@ def describe(info: ModelInfo, limits: Limits, *, replica: str) -> pb.DescribeRes
             page_size=info.page_size,
             num_programs=info.programs,
             kernels=info.kernels,
+            slice_overhead=pb.SliceOverhead(
+                dispatch_s=overhead.dispatch_s, prompts_s=overhead.prompts_s
+            ),
         ),
     )

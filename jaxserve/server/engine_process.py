@@ -137,7 +137,12 @@ async def _serve(
         progress=lambda text: say(Progress(text)),
     )
     settle_collector()
-    description = describe(driver.info, driver.limits, replica=launch.config.replica)
+    description = describe(
+        driver.info,
+        driver.limits,
+        driver.core.config.overhead,
+        replica=launch.config.replica,
+    )
     service = EngineService(
         driver, description=description, clock=MonotonicClock(), restarts=launch.restarts
     )

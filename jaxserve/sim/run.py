@@ -19,6 +19,7 @@ from jaxserve.report.recorder import Recorder
 from jaxserve.request import Limits
 from jaxserve.schedulers.catalog import find_order, make_routing, require_told
 from jaxserve.schedulers.estimators.memory import KvMemory
+from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 from jaxserve.schedulers.estimators.slice_time import NoisyTime, SliceTime
 from jaxserve.schedulers.pool.catalog import POOLS
 from jaxserve.schedulers.routing.catalog import Need
@@ -38,11 +39,13 @@ _ANYTHING = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What is simulated: replicas configured like `engine`, on devices like `profile`'s."""
+    """What is simulated: replicas configured like `engine`, on devices like `profile`'s. `overhead`
+    is what they measured of their slices at start; unset: what they would by the profile."""
 
     engine: EngineConfig
     sim: SimConfig
     profile: Profile
+    overhead: SliceOverhead | None = None
 
     def __post_init__(self) -> None:
         if self.engine.cache.prefix_scope == "group":
@@ -151,13 +154,7 @@ def build_fleet(
         prefix_cache=engine.cache.prefix_cache,
         tile=TILE,
         scheduler=engine.scheduler,
-        overhead=predicted_overhead(
-            Pace(profile.time, buckets),
-            bench_limits(
-                engine, max_context=deployment.max_context, num_pages=deployment.num_pages
-            ),
-            vocab_size=profile.model.vocab_size,
-        ),
+        overhead=deployment.overhead or _measured_overhead(deployment, buckets),
     )
     device = Device(
         time=deployment.time(),
@@ -189,6 +186,14 @@ def build_fleet(
         page_keys=page_keys,
         config=sim,
     )
+
+
+def _measured_overhead(deployment: Deployment, buckets: Buckets) -> SliceOverhead:
+    limits = bench_limits(
+        deployment.engine, max_context=deployment.max_context, num_pages=deployment.num_pages
+    )
+    pace = Pace(deployment.profile.time, buckets)
+    return predicted_overhead(pace, limits, vocab_size=deployment.profile.model.vocab_size)
 
 
 def pool_config(workload: Workload, deployment: Deployment) -> PoolConfig:
