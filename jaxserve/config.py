@@ -19,7 +19,7 @@ from jaxserve.schedulers.catalog import (
     make_slicing,
     victim_key,
 )
-from jaxserve.schedulers.estimators.serving_time import UNMEASURED, SliceOverhead
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
 from jaxserve.schedulers.presets import find_preset
 from jaxserve.schedulers.slicing import SliceBounds, Slicing
 
@@ -137,14 +137,14 @@ class SchedulerConfig:
         allowed = f"0, for --slicing={self.slicing} bounds no gap; --slicing=adaptive does"
         _require(kept, "max_gap_ms", self.max_gap_ms, allowed)
 
-    def make_slicing(self, *, max_context: int, overhead: SliceOverhead = UNMEASURED) -> Slicing:
-        """The slicing, for contexts of so many tokens and slices of such overhead."""
+    def make_slicing(self, *, max_context: int, dispatch_s: float = UNMEASURED_S) -> Slicing:
+        """The slicing, for contexts of so many tokens and a device that takes so long to begin."""
         bounds = SliceBounds(
             slice_steps=self.slice_steps,
             max_context=max_context,
             max_gap_s=self.max_gap_ms / 1e3,
             overlap=self.overlap,
-            overhead=overhead,
+            dispatch_s=dispatch_s,
         )
         return make_slicing(self.slicing, self.slicing_options, bounds=bounds)
 

@@ -8,20 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from .estimators.serving_time import UNMEASURED, ServingTime, SliceOverhead, SliceShape
+from .estimators.serving_time import UNMEASURED_S, ServingTime, SliceShape
 from .parameters import positive, require
 
 
 @dataclass(frozen=True, slots=True)
 class SliceBounds:
     """What the engine allows: S, tokens of the longest context, the longest time that slices in
-    flight may take (0: unbounded), and whether two may be in flight; and what each costs it."""
+    flight may take (0: unbounded), whether two may be in flight, and seconds of a dispatch."""
 
     slice_steps: int
     max_context: int
     max_gap_s: float
     overlap: bool
-    overhead: SliceOverhead = UNMEASURED
+    dispatch_s: float = UNMEASURED_S
+
+    def __post_init__(self) -> None:
+        positive("dispatch_s", self.dispatch_s)
 
     @property
     def depth(self) -> int:
@@ -183,7 +186,7 @@ class Adaptive:
         self.max_steps = bounds.slice_steps
         self._bounds = bounds
         self._parameters = parameters or AdaptiveParameters()
-        self._time = ServingTime(bounds.overhead, forgetting=self._parameters.forgetting)
+        self._time = ServingTime(bounds.dispatch_s, forgetting=self._parameters.forgetting)
         self._num_ran = 0
         self._host_s = self._parameters.host_s
         # Tokens and ends of past slices, older ones counting less: their ratio is the hazard.
@@ -224,7 +227,7 @@ class Adaptive:
         else:
             ends, events = 0.0, self._arrivals_per_s(view.now_s) * step_s
         events = max(events, 1e-9)
-        host, fixed = self._host_s / step_s, self._bounds.overhead.dispatch_s / step_s
+        host, fixed = self._host_s / step_s, self._bounds.dispatch_s / step_s
         one, loss_one = least_loss(host + fixed, rows, events, waits=1, at_least=0.0)
         two, loss_two = least_loss(fixed, rows, events, waits=3, at_least=max(host, 1.0))
         depth = 2 if self._bounds.overlap and loss_two < loss_one else 1

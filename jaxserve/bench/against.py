@@ -40,7 +40,7 @@ def like_server(facts: ServerFacts, sim: SimConfig, profile: Profile) -> Deploym
     cache = replace(engine.cache, num_pages=facts.num_pages)
     sim = replace(sim, max_context=facts.max_context or 0)
     return Deployment(
-        engine=replace(engine, cache=cache), sim=sim, profile=profile, overhead=facts.overhead
+        engine=replace(engine, cache=cache), sim=sim, profile=profile, dispatch_s=facts.dispatch_s
     )
 
 

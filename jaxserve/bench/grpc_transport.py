@@ -25,7 +25,6 @@ from jaxserve.bench.transport import (
 from jaxserve.errors import ConfigError
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
-from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 from jaxserve.workload.work import Work
 
 ASK_S: Final = 10.0
@@ -107,7 +106,7 @@ class GrpcTransport:
             max_context=model.max_context,
             num_pages=server.kv_pages,
             num_devices=server.num_devices or None,  # a scripted engine has none
-            overhead=_overhead(server),
+            dispatch_s=server.slice_dispatch_s or None,  # others measure none
             configuration=dict(sorted(server.configuration.items())),
             described=described,
         )
@@ -166,13 +165,6 @@ class GrpcTransport:
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()
-
-
-def _overhead(server: pb.GetServerInfoResponse) -> SliceOverhead | None:
-    if not server.HasField("slice_overhead"):
-        return None
-    said = server.slice_overhead
-    return SliceOverhead(said.dispatch_s, said.prompts_s)
 
 
 def _failed(error: grpc.aio.AioRpcError) -> Ending:

@@ -12,7 +12,6 @@ from typing import Any, Final, Protocol, runtime_checkable
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 from jaxserve.workload.work import Work
 
 OnTokens = Callable[[float, int], None]
@@ -43,14 +42,14 @@ class Ending:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
     """What the server says of itself; None: it does not say. `configuration` are its effective
-    flags, `overhead` what it plans its slices with; one of ours has them."""
+    flags, `dispatch_s` what it measured of a slice when it started; one of ours has them."""
 
     model: str
     vocab_size: int | None = None
     max_context: int | None = None
     num_pages: int | None = None
     num_devices: int | None = None
-    overhead: SliceOverhead | None = None
+    dispatch_s: float | None = None
     configuration: Mapping[str, str] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
 

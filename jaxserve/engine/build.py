@@ -14,7 +14,7 @@ from jaxserve.engine.driver import EngineDriver, OnFailure, OnReport
 from jaxserve.engine.event_log import EventLog
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.measure import Limits as BenchLimits
-from jaxserve.engine.overhead import measure_overhead, predicted_overhead
+from jaxserve.engine.measure_dispatch import measure_dispatch, predicted_dispatch
 from jaxserve.engine.scripted import Pace, ScriptedExecutor
 from jaxserve.engine.statistics import Compiles
 from jaxserve.errors import ConfigError
@@ -26,7 +26,7 @@ from jaxserve.models.sources import ModelSource, load_model_config, load_weights
 from jaxserve.models.text_files import check_vocabulary, tokenizer_file
 from jaxserve.request import Limits
 from jaxserve.schedulers.estimators.memory import KvMemory
-from jaxserve.schedulers.estimators.serving_time import UNMEASURED, SliceOverhead
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
 
 TILE = 32
 """Prompt tokens per tile: chunks are rounded up to it."""
@@ -47,15 +47,12 @@ def build_engine(
     if config.executor == "jax":
         executor, info, compiles = build_jax(config, source, model, progress)
         limits = bench_limits(config, max_context=model.max_context, num_pages=info.num_pages)
-        overhead = measure_overhead(executor, limits)
-        progress(
-            f"a slice: {1e3 * overhead.dispatch_s:.2f} ms beyond its steps,"
-            f" {1e3 * overhead.prompts_s:.2f} ms more with prompts"
-        )
+        dispatch_s = measure_dispatch(executor, limits)
+        progress(f"a slice takes {1e3 * dispatch_s:.2f} ms beyond its steps")
     else:
-        executor, info, overhead = _build_scripted(config, model)
+        executor, info, dispatch_s = _build_scripted(config, model)
         compiles = Compiles
-    core = EngineCore(core_config(config, model, info.num_pages, overhead), compiles=compiles)
+    core = EngineCore(core_config(config, model, info.num_pages, dispatch_s), compiles=compiles)
     tokens = info.num_pages * info.page_size
     progress(f"KV pool: {info.num_pages} pages of {info.page_size} tokens, {tokens} tokens")
     log = EventLog(config.event_log, core.config) if config.event_log else None
@@ -74,7 +71,7 @@ def core_config(
     config: EngineConfig,
     model: ModelConfig,
     num_pages: int,
-    overhead: SliceOverhead = UNMEASURED,
+    dispatch_s: float = UNMEASURED_S,
 ) -> CoreConfig:
     """The core's part of a configuration."""
     return CoreConfig(
@@ -85,7 +82,7 @@ def core_config(
         prefix_cache=config.cache.prefix_cache,
         tile=TILE,
         scheduler=config.scheduler,
-        overhead=overhead,
+        dispatch_s=dispatch_s,
     )
 
 
@@ -110,9 +107,7 @@ def bench_limits(config: EngineConfig, *, max_context: int, num_pages: int) -> B
     )
 
 
-def _build_scripted(
-    config: EngineConfig, model: ModelConfig
-) -> tuple[Executor, ModelInfo, SliceOverhead]:
+def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor, ModelInfo, float]:
     pace = _pace(config, model) if config.executor == "paced" else None
     executor = ScriptedExecutor(
         vocab_size=model.vocab_size,
@@ -133,11 +128,11 @@ def _build_scripted(
         device_kind="scripted",
         num_devices=0,
     )
-    overhead = UNMEASURED
+    dispatch_s = UNMEASURED_S
     if pace is not None:
         limits = bench_limits(config, max_context=model.max_context, num_pages=num_pages)
-        overhead = predicted_overhead(pace, limits, vocab_size=model.vocab_size)
-    return executor, info, overhead
+        dispatch_s = predicted_dispatch(pace, limits, vocab_size=model.vocab_size)
+    return executor, info, dispatch_s
 
 
 def _pace(config: EngineConfig, model: ModelConfig) -> Pace:

@@ -85,7 +85,7 @@ class EngineCore:
         self.order: Order = self.meter  # counts what each client is served, and hands events on
         self.admission = make_admission(scheduler.admission, scheduler.admission_options)
         self.slicing = scheduler.make_slicing(
-            max_context=config.limits.max_context, overhead=config.overhead
+            max_context=config.limits.max_context, dispatch_s=config.dispatch_s
         )
         self.victim_key = victim_key(scheduler.victim)
         # What the cache holds is nothing to the meter.

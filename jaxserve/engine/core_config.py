@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import Limits
-from jaxserve.schedulers.estimators.serving_time import UNMEASURED, SliceOverhead
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreConfig:
     """What a core is built from: limits of the model, size of the pool, and the policies' names.
 
-    `tile` is the number of prompt tokens that step 0 rounds each chunk up to; `overhead` is that of
-    slices on the device that runs them.
+    `tile` is the number of prompt tokens that step 0 rounds each chunk up to; `dispatch_s` is what
+    a slice takes on the device beyond its steps and prompt tokens.
     """
 
     limits: Limits
@@ -22,4 +22,4 @@ class CoreConfig:
     tile: int
     scheduler: SchedulerConfig
     prefix_cache: bool = True
-    overhead: SliceOverhead = UNMEASURED
+    dispatch_s: float = UNMEASURED_S

@@ -305,7 +305,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "schema", "configuration", "platform", "device_kind", "num_devices", "uptime_s", "state", "kv_pages", "page_size", "num_programs", "kernels", "slice_overhead")
+    __slots__ = ("version", "schema", "configuration", "platform", "device_kind", "num_devices", "uptime_s", "state", "kv_pages", "page_size", "num_programs", "kernels", "slice_dispatch_s")
     class ConfigurationEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -332,7 +332,7 @@ class GetServerInfoResponse(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_PROGRAMS_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
-    SLICE_OVERHEAD_FIELD_NUMBER: _ClassVar[int]
+    SLICE_DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
     version: str
     schema: str
     configuration: _containers.ScalarMap[str, str]
@@ -345,16 +345,8 @@ class GetServerInfoResponse(_message.Message):
     page_size: int
     num_programs: int
     kernels: _containers.ScalarMap[str, str]
-    slice_overhead: SliceOverhead
-    def __init__(self, version: _Optional[str] = ..., schema: _Optional[str] = ..., configuration: _Optional[_Mapping[str, str]] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., num_devices: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., kv_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., num_programs: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., slice_overhead: _Optional[_Union[SliceOverhead, _Mapping]] = ...) -> None: ...
-
-class SliceOverhead(_message.Message):
-    __slots__ = ("dispatch_s", "prompts_s")
-    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
-    PROMPTS_S_FIELD_NUMBER: _ClassVar[int]
-    dispatch_s: float
-    prompts_s: float
-    def __init__(self, dispatch_s: _Optional[float] = ..., prompts_s: _Optional[float] = ...) -> None: ...
+    slice_dispatch_s: float
+    def __init__(self, version: _Optional[str] = ..., schema: _Optional[str] = ..., configuration: _Optional[_Mapping[str, str]] = ..., platform: _Optional[str] = ..., device_kind: _Optional[str] = ..., num_devices: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., kv_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., num_programs: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., slice_dispatch_s: _Optional[float] = ...) -> None: ...
 
 class GetStatisticsRequest(_message.Message):
     __slots__ = ("per_client", "client", "most_clients")

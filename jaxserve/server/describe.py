@@ -4,11 +4,10 @@ from jaxserve import __version__
 from jaxserve.models.info import ModelInfo
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.request import Limits
-from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 
 
 def describe(
-    info: ModelInfo, limits: Limits, overhead: SliceOverhead, *, replica: str
+    info: ModelInfo, limits: Limits, *, dispatch_s: float, replica: str
 ) -> pb.DescribeResponse:
     """What the replica says about itself; state and time are the service's."""
     config = info.config
@@ -38,8 +37,6 @@ def describe(
             page_size=info.page_size,
             num_programs=info.programs,
             kernels=info.kernels,
-            slice_overhead=pb.SliceOverhead(
-                dispatch_s=overhead.dispatch_s, prompts_s=overhead.prompts_s
-            ),
+            slice_dispatch_s=dispatch_s,
         ),
     )

@@ -140,7 +140,7 @@ async def _serve(
     description = describe(
         driver.info,
         driver.limits,
-        driver.core.config.overhead,
+        dispatch_s=driver.core.config.dispatch_s,
         replica=launch.config.replica,
     )
     service = EngineService(

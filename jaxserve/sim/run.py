@@ -7,7 +7,7 @@ from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.build import TILE, bench_limits, serving_buckets
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_config import CoreConfig
-from jaxserve.engine.overhead import predicted_overhead
+from jaxserve.engine.measure_dispatch import predicted_dispatch
 from jaxserve.engine.scripted import Pace
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import ConfigError
@@ -19,7 +19,6 @@ from jaxserve.report.recorder import Recorder
 from jaxserve.request import Limits
 from jaxserve.schedulers.catalog import find_order, make_routing, require_told
 from jaxserve.schedulers.estimators.memory import KvMemory
-from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 from jaxserve.schedulers.estimators.slice_time import NoisyTime, SliceTime
 from jaxserve.schedulers.pool.catalog import POOLS
 from jaxserve.schedulers.routing.catalog import Need
@@ -39,13 +38,15 @@ _ANYTHING = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What is simulated: replicas configured like `engine`, on devices like `profile`'s. `overhead`
-    is what they measured of their slices at start; unset: what they would by the profile."""
+    """What is simulated: replicas configured like `engine`, on devices like `profile`'s.
+
+    `dispatch_s` is what they measured of a dispatch at start; None: what they would by the profile.
+    """
 
     engine: EngineConfig
     sim: SimConfig
     profile: Profile
-    overhead: SliceOverhead | None = None
+    dispatch_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.engine.cache.prefix_scope == "group":
@@ -154,7 +155,7 @@ def build_fleet(
         prefix_cache=engine.cache.prefix_cache,
         tile=TILE,
         scheduler=engine.scheduler,
-        overhead=deployment.overhead or _measured_overhead(deployment, buckets),
+        dispatch_s=deployment.dispatch_s or _measured_dispatch_s(deployment, buckets),
     )
     device = Device(
         time=deployment.time(),
@@ -188,12 +189,12 @@ def build_fleet(
     )
 
 
-def _measured_overhead(deployment: Deployment, buckets: Buckets) -> SliceOverhead:
+def _measured_dispatch_s(deployment: Deployment, buckets: Buckets) -> float:
     limits = bench_limits(
         deployment.engine, max_context=deployment.max_context, num_pages=deployment.num_pages
     )
     pace = Pace(deployment.profile.time, buckets)
-    return predicted_overhead(pace, limits, vocab_size=deployment.profile.model.vocab_size)
+    return predicted_dispatch(pace, limits, vocab_size=deployment.profile.model.vocab_size)
 
 
 def pool_config(workload: Workload, deployment: Deployment) -> PoolConfig:

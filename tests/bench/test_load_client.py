@@ -26,7 +26,6 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.profile import find_profile
 from jaxserve.report.recorder import Recorder
 from jaxserve.report.report import read_report
-from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 from jaxserve.sim.run import build_fleet
 from jaxserve.sim_config import SimConfig
 from jaxserve.workload.feed import Feed
@@ -458,16 +457,16 @@ def test_a_simulation_needs_a_profile_of_as_many_devices(profile):
         like_server(facts, SimConfig(), find_profile(profile))
 
 
-@pytest.mark.parametrize("overhead", [None, SliceOverhead(3e-3, 5e-3)])
-def test_a_simulated_server_plans_with_the_overhead_that_the_live_one_measured(overhead, profile):
+@pytest.mark.parametrize("dispatch_s", [None, 3e-3])
+def test_a_simulated_server_plans_with_what_the_live_one_measured(dispatch_s, profile):
     facts = ServerFacts(
-        model="llama-14m", num_pages=64, configuration={"page_size": "16"}, overhead=overhead
+        model="llama-14m", num_pages=64, configuration={"page_size": "16"}, dispatch_s=dispatch_s
     )
     deployment = like_server(facts, SimConfig(), find_profile(profile))
     workload = Workload(name="none", requests=lambda: iter(()), num_requests=0)
     fleet = build_fleet(workload, Feed(workload), deployment, Recorder())
-    planned_with = next(fleet.cores()).config.overhead
-    assert planned_with == overhead if overhead else planned_with.dispatch_s != 3e-3
+    planned_with = next(fleet.cores()).config.dispatch_s
+    assert planned_with == dispatch_s if dispatch_s else planned_with != 3e-3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How long: when a slice is long, when it is short, and what bounds it."""
 
+import math
 import random
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.schedulers.catalog import make_slicing
-from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceOverhead, SliceShape
+from jaxserve.schedulers.estimators.serving_time import ServingTime, SliceShape
 from jaxserve.schedulers.slicing import (
     Adaptive,
     Fixed,
@@ -18,12 +19,13 @@ from jaxserve.schedulers.slicing import (
     least_loss,
 )
 
-STEP_S, ROW_S, FIXED_S, PROMPTS_S = 5e-3, 1e-4, 5e-4, 7e-3
+STEP_S, ROW_S, FIXED_S, PROMPT_S = 5e-3, 1e-3, 5e-4, 1e-4
 
 
 def seconds(shape: SliceShape) -> float:
-    mixed = shape.prefill_tokens > 0
-    return FIXED_S + PROMPTS_S * mixed + (shape.steps - mixed) * (STEP_S + ROW_S * shape.rows)
+    decode_steps = shape.steps - (shape.prefill_tokens > 0)
+    step_s = STEP_S + ROW_S * math.log1p(shape.rows)
+    return FIXED_S + decode_steps * step_s + PROMPT_S * shape.prefill_tokens
 
 
 def view(rows: int, *, now_s: float = 0.0, remaining: int = 500, **changes) -> SlicingView:
@@ -38,18 +40,15 @@ def view(rows: int, *, now_s: float = 0.0, remaining: int = 500, **changes) -> S
     return SlicingView(**{**fields, **changes})
 
 
-OVERHEAD = SliceOverhead(FIXED_S, PROMPTS_S)
-
-
 def bounds(
     *,
     slice_steps: int = 64,
     max_gap_s: float = 0.0,
     overlap: bool = True,
-    overhead: SliceOverhead = OVERHEAD,
+    dispatch_s: float = FIXED_S,
 ) -> SliceBounds:
     return SliceBounds(
-        slice_steps, max_context=512, max_gap_s=max_gap_s, overlap=overlap, overhead=overhead
+        slice_steps, max_context=512, max_gap_s=max_gap_s, overlap=overlap, dispatch_s=dispatch_s
     )
 
 
@@ -124,13 +123,13 @@ def test_fixed_and_sequence_do_not_look() -> None:
 
 
 def test_serving_time_learns_its_own_form() -> None:
-    time = ServingTime(OVERHEAD)
+    time = ServingTime(FIXED_S)
     shapes = [
         SliceShape(1 + i % 16, 1 + (5 * i) % 64, 500 * (i % 17), 32 * (i % 7)) for i in range(400)
     ]
 
     def truth(shape: SliceShape) -> float:
-        return seconds(shape) + 2e-7 * shape.attended_tokens + 1e-4 * shape.prefill_tokens
+        return seconds(shape) + 2e-7 * shape.attended_tokens
 
     for shape in shapes:
         time.observe(shape, truth(shape))
@@ -219,9 +218,7 @@ def test_no_other_length_loses_much_less(fixed, rows, events, waits, at_least) -
 
 
 def test_dear_dispatches_ask_for_longer_slices() -> None:
-    cheap, dear = (
-        Adaptive(bounds(overhead=SliceOverhead(dispatch_s))) for dispatch_s in (1e-3, 1e-2)
-    )
+    cheap, dear = (Adaptive(bounds(dispatch_s=dispatch_s)) for dispatch_s in (1e-3, 1e-2))
     for slicing in (cheap, dear):
         for i in range(20):
             slicing.arrived(i * 0.02)
@@ -242,7 +239,6 @@ def test_slices_that_scatter_and_all_have_prompts_do_not_make_lengths_scatter() 
     assert max(chosen_steps) <= 1.2 * min(chosen_steps)
 
 
-@pytest.mark.parametrize(("dispatch_s", "prompts_s"), [(0.0, 1e-3), (1e-3, -1e-3)])
-def test_an_overhead_is_positive(dispatch_s: float, prompts_s: float) -> None:
-    with pytest.raises(ValueError, match=r"_s: got .*; allowed: "):
-        SliceOverhead(dispatch_s, prompts_s)
+def test_a_dispatch_takes_time() -> None:
+    with pytest.raises(ValueError, match=r"dispatch_s: got 0.0; allowed: "):
+        bounds(dispatch_s=0.0)

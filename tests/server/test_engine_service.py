@@ -22,7 +22,6 @@ from jaxserve.models.info import ModelInfo
 from jaxserve.proto import jaxserve_v1_pb2 as pb
 from jaxserve.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.request import Delta, FinishReason, Limits
-from jaxserve.schedulers.estimators.serving_time import SliceOverhead
 from jaxserve.server.describe import describe
 from jaxserve.server.engine_service import EngineService
 
@@ -94,7 +93,7 @@ def mock_driver(on_report):
 @asynccontextmanager
 async def serving(driver, path, restarts=0):
     """The service around `driver`, and a stub that speaks to it."""
-    description = describe(INFO, LIMITS, SliceOverhead(3e-3, 5e-3), replica="replica-0")
+    description = describe(INFO, LIMITS, dispatch_s=3e-3, replica="replica-0")
     service = EngineService(
         driver, description=description, clock=MonotonicClock(), restarts=restarts
     )
@@ -228,8 +227,7 @@ def test_describe_statistics_and_loads(tmp_path):
             assert described.model.vocab_size == 1000 and described.model.num_parameters > 0
             assert described.server.kv_pages == 64 and described.server.state == "serving"
             assert described.server.kernels == {"attention": "none"}
-            overhead = described.server.slice_overhead
-            assert (overhead.dispatch_s, overhead.prompts_s) == (3e-3, 5e-3)
+            assert described.server.slice_dispatch_s == 3e-3
 
             call = stub.Exchange()
             await call.write(submit("r"))

@@ -1,4 +1,4 @@
-"""What a slice costs beyond steps and prompt tokens, measured before anything is served."""
+"""What a slice takes beyond its steps, measured before anything is served."""
 
 import dataclasses
 import json
@@ -7,20 +7,18 @@ from pathlib import Path
 import pytest
 
 from jaxserve.config import CacheConfig, EngineConfig, SchedulerConfig
-from jaxserve.engine.buckets import Bucket, Buckets, make_buckets
+from jaxserve.engine.buckets import Buckets, make_buckets
 from jaxserve.engine.build import build_engine
 from jaxserve.engine.measure import Limits
-from jaxserve.engine.overhead import predicted_overhead
+from jaxserve.engine.measure_dispatch import predicted_dispatch
 from jaxserve.engine.scripted import Pace
 from jaxserve.schedulers.estimators.fitted_time import Curve, FittedTime
-from jaxserve.schedulers.estimators.serving_time import UNMEASURED, SliceOverhead
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
 
 TRUTH = FittedTime(
     dispatch_s=2e-3,
     step_s=Curve((1, 8, 16), (4e-3, 5e-3, 6e-3)),
     attended_s=1e-8,
-    prompt_step_s=8e-3,
-    prompt_token_s=2e-4,
 )
 LIMITS = Limits(
     buckets=make_buckets(16, 16),
@@ -33,29 +31,19 @@ LIMITS = Limits(
 )
 
 
-def overhead(**changes) -> SliceOverhead:
+def dispatch_s(**changes) -> float:
     limits = dataclasses.replace(LIMITS, **changes)
     pace = Pace(TRUTH, Buckets(limits.buckets, tile=limits.tile))
-    return predicted_overhead(pace, limits, vocab_size=97)
+    return predicted_dispatch(pace, limits, vocab_size=97)
 
 
-def test_both_parts_are_told_from_steps_and_tokens() -> None:
-    found = overhead()
-    assert found.dispatch_s == pytest.approx(2e-3, rel=1e-3)
-    assert found.prompts_s == pytest.approx(8e-3, rel=1e-3)
-
-
-def test_a_context_that_is_no_longer_than_the_largest_program_does() -> None:
-    assert overhead(max_context=300).prompts_s == pytest.approx(8e-3, rel=1e-3)
-
-
-def test_with_one_program_for_prompts_all_of_it_counts() -> None:
-    found = overhead(buckets=(Bucket(1, 0), Bucket(16, 0), Bucket(16, 4)), max_context=128)
-    assert found.prompts_s == pytest.approx(8e-3 + 128 * 2e-4, rel=1e-3)
+@pytest.mark.parametrize("max_steps", [2, 16])
+def test_a_dispatch_is_told_from_steps(max_steps: int) -> None:
+    assert dispatch_s(max_steps=max_steps) == pytest.approx(2e-3, rel=1e-3)
 
 
 def test_one_step_at_a_time_tells_nothing_and_asks_for_nothing() -> None:
-    assert overhead(max_steps=1) == UNMEASURED
+    assert dispatch_s(max_steps=1) == UNMEASURED_S
 
 
 @pytest.mark.parametrize("executor", ["jax", "paced", "mock"])
@@ -75,7 +63,7 @@ def test_an_engine_says_and_logs_what_it_plans_with(executor: str, tmp_path: Pat
     )
     driver.start()
     driver.stop()
-    logged = json.loads(log.read_text().splitlines()[0])["config"]["overhead"]
-    assert SliceOverhead(**logged) == driver.core.config.overhead
-    assert (driver.core.config.overhead == UNMEASURED) == (executor == "mock")
-    assert any(line.startswith("a slice: ") for line in said) == (executor == "jax")
+    logged = json.loads(log.read_text().splitlines()[0])["config"]["dispatch_s"]
+    assert logged == driver.core.config.dispatch_s
+    assert (logged == UNMEASURED_S) == (executor == "mock")
+    assert any(line.startswith("a slice takes ") for line in said) == (executor == "jax")
