@@ -5,6 +5,7 @@ loses only the rest. Knows what is measured; limits, comparisons and tables are 
 """
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -50,7 +51,7 @@ class Report:
         """Take these up, and write all. A reader sees the file before or after, never between."""
         self.numbers |= numbers
         draft = self._path.with_suffix(".part")
-        draft.write_text(json.dumps(self.numbers))
+        draft.write_text(json.dumps(_finite(self.numbers)))
         draft.replace(self._path)
         self._saved_s = time.monotonic()
 
@@ -62,6 +63,15 @@ class Report:
         """A line for the person who waits, kept as what the part was doing."""
         print(line, file=sys.stderr, flush=True)
         self.save(doing=line)
+
+
+def _finite(numbers: Any) -> Any:
+    """The same, with None for infinities and for what is no number: JSON knows neither."""
+    if isinstance(numbers, dict):
+        return {name: _finite(value) for name, value in numbers.items()}
+    if isinstance(numbers, (list, tuple)):
+        return [_finite(value) for value in numbers]
+    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
 def wants_gpu() -> bool:
@@ -101,22 +111,26 @@ def device(seconds: float, report: Report) -> None:
     )
 
 
+_MOST_PROCESSES: Final = 16  # each takes half a GiB of the GPU for its context
+
+
 def correctness(seconds: float, report: Report) -> None:
     """Kernels against float64, over as much of the option matrix as time allows."""
-    from jaxserve.bench.kernel_check import MATRIX, check_many, limit
+    from jaxserve.bench.kernel_check import MATRIX, check_in_processes, limit
 
     check_jax()
     tiny = not wants_gpu()
-    threads = 1 if tiny else len(os.sched_getaffinity(0))
+    processes = 1 if tiny else min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
     wrong: list[str] = []
     errors: dict[str, float] = {}
     report.save(checked=0, of=len(MATRIX), wrong=wrong, worst_error=errors)
-    for options, error in check_many(seconds=seconds, interpret=tiny, threads=threads):
+    checks = check_in_processes(seconds=seconds, interpret=tiny, processes=processes)
+    for options, error in checks:
         report.numbers["checked"] += 1
         if isinstance(error, str) or not error <= limit(options.stored):
             text = error if isinstance(error, str) else f"{error:.1e}"
             wrong.append(f"{','.join(map(str, options))}: {text}")
-        if not isinstance(error, str):
+        if not isinstance(error, str) and math.isfinite(error):
             errors[options.stored] = max(errors.get(options.stored, 0.0), error)
         report.save_now_and_then()
     report.save()

@@ -140,7 +140,7 @@ def decode_operands(sizes: Sizes, lengths: Sequence[int], dtype=jnp.bfloat16) ->
 class Kernel(NamedTuple):
     """attend(*operands) -> what is like the first of them, which are the queries."""
 
-    attend: Callable[..., jax.Array]
+    attend: Callable[..., Any]
     operands: tuple[Any, ...]
 
 
@@ -155,7 +155,7 @@ def _ours(decode: Decode, blocks: GpuBlocks | None = None) -> Kernel:
     )
 
 
-def _in_tree(decode: Decode) -> Kernel:
+def in_tree(decode: Decode) -> Kernel:
     """JAX's own GPU kernel (Pallas, Triton), over the same keys in the layout that it wants."""
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
@@ -255,20 +255,20 @@ def time_prefill(
 
 # What JAX brings along, by the name in the report. A kernel that fails may take the device's
 # context with it: ours come before.
-_RIVALS: Final[dict[str, Callable[[Decode], Kernel]]] = {"jax": _in_tree, "cudnn": cudnn}
+_RIVALS: Final[dict[str, Callable[[Decode], Kernel]]] = {"jax": in_tree, "cudnn": cudnn}
 
 
 def measure(sizes: Sizes, rates: Rates) -> Iterator[Row]:
     """Our kernels and JAX's on every shape; one that fails has a row that says so."""
     for name, lengths in sizes.decode:
-        yield from _decode_rows(sizes, name, lengths, {OURS: _ours}, rates)
+        yield from decode_rows(sizes, name, lengths, {OURS: _ours}, rates)
     yield _prefill_row(sizes, rates)
     for name, lengths in sizes.decode:
         rivals = dict(_RIVALS)
         if on_cpu():
             del rivals["cudnn"]
             yield Row("cudnn", f"decode {name}", note="needs a GPU")
-        yield from _decode_rows(sizes, name, lengths, rivals, rates)
+        yield from decode_rows(sizes, name, lengths, rivals, rates)
 
 
 def measure_libraries(python: str, sizes: Sizes, rates: Rates, *, tiny: bool) -> Iterator[Row]:
@@ -310,14 +310,15 @@ def _prefill_row(sizes: Sizes, rates: Rates) -> Row:
     return Row(OURS, shape, seconds, flops_per_s=rate, matrix_share=share)
 
 
-def _decode_rows(
+def decode_rows(
     sizes: Sizes,
     name: str,
     lengths: Sequence[int],
     kernels: dict[str, Callable[[Decode], Kernel]],
     rates: Rates,
 ) -> Iterator[Row]:
-    """A row for each kernel on one shape. They are compiled side by side, and timed in turn."""
+    """A row for each kernel on one shape: compiled side by side, timed in turn, and only where
+    what it returns is right."""
     decode = decode_operands(sizes, lengths)
     with ThreadPoolExecutor(max(1, len(kernels))) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # JAX's own kernel is to be moved
@@ -352,9 +353,10 @@ def _decode_row(
 ) -> Row:
     kernel, once, loop = compiled.result()
     got = np.asarray(once(*kernel.operands), np.float32)
-    row = replace(row, error=worst_error(got.reshape(want_BQHC.shape), want_BQHC))
-    if not row.error <= LARGEST_ERROR:
-        return replace(row, note=f"wrong: off by {row.error:.1e}, so its time does not count")
+    error = worst_error(got.reshape(want_BQHC.shape), want_BQHC)
+    row = replace(row, error=error)
+    if not error <= LARGEST_ERROR:
+        return replace(row, note=f"wrong: off by {error:.1e}, so its time does not count")
     seconds = seconds_per_call(lambda: loop(*kernel.operands), sizes.budget_s)
     return _with_rate(row, seconds, decode.read_bytes, rates)
 
