@@ -1,6 +1,6 @@
 """Torch's attention kernels and transformers' `generate_batch`, run for real where they are.
 
-JAXSERVE_PEERS_PYTHON names a Python that has torch and transformers, if this one has not.
+GPU_CHECK_PEERS_PYTHON names a Python that has torch and transformers, if this one has not.
 """
 
 import os
@@ -8,18 +8,19 @@ import sys
 
 import pytest
 
+from jaxserve.bench.gpu_parts import PEERS_PYTHON
 from jaxserve.bench.peers.decode_shapes import LARGEST_ERROR, TINY
 from jaxserve.bench.peers.protocol import KernelResult, WorkloadResult
 from jaxserve.bench.peers.run import missing_modules, run_module
 
-PYTHON = os.environ.get("JAXSERVE_PEERS_PYTHON", sys.executable)
+PYTHON = os.environ.get(PEERS_PYTHON, sys.executable)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def peers_python():
     missing = missing_modules(PYTHON, ["torch", "transformers"])
     if missing:
-        pytest.skip(f"{' and '.join(missing)} not installed; JAXSERVE_PEERS_PYTHON names another")
+        pytest.skip(f"{' and '.join(missing)} not installed; {PEERS_PYTHON} names another")
 
 
 def test_flex_attention_over_pages_is_attention():
