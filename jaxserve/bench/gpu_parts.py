@@ -159,10 +159,21 @@ def libraries(seconds: float, report: Report) -> None:
         report.save(note=f"torch is not installed for {python}")
         return
     arguments = [f"--sizes={'full' if wants_gpu() else 'tiny'}"]
-    for result in run.run_module(python, "attention_kernels", arguments):
+    for result in _results(python, "attention_kernels", arguments, report):
         if isinstance(result, KernelResult):
             rows.append(asdict(result))
             report.save()
+
+
+def _results(
+    python: str, module: str, arguments: list[str], report: Report
+) -> Iterator[run.Result]:
+    """What a peer measures; how it died, if it did, becomes the part's note."""
+    try:
+        yield from run.run_module(python, module, arguments)
+    except run.PeerFailed as error:
+        print(error, file=sys.stderr)
+        report.save(note=str(error).strip().splitlines()[-1][:200])
 
 
 class Batch(NamedTuple):
@@ -205,7 +216,7 @@ def transformers(seconds: float, report: Report) -> None:
     names = ("requests", "prompt_tokens", "output_tokens")
     arguments = [f"--{name}={value}" for name, value in zip(names, numbers, strict=True)]
     arguments += [f"--shape={shape}", f"--device={'cuda' if wants_gpu() else 'cpu'}"]
-    for result in run.run_module(python, "generate_batch", arguments):
+    for result in _results(python, "generate_batch", arguments, report):
         if isinstance(result, WorkloadResult):
             runs.append(asdict(result) | {"tokens_per_s": result.tokens_per_s})
             report.save()
@@ -214,7 +225,7 @@ def transformers(seconds: float, report: Report) -> None:
 # Rows and tokens of context of the slices to time.
 _STEPS: Final = ((64, 1024), (256, 1024))
 _TINY_STEPS: Final = ((2, 32), (8, 48))
-_SLICE_STEPS: Final = 16
+_SLICE_STEPS: Final = 32
 
 
 def _settings(rows: int, prompt_tokens: int, num_pages: int) -> Settings:

@@ -110,6 +110,12 @@ def run_module(
             yield result
 
 
+def _path_of(python: str) -> str:
+    """PYTHONPATH with this package; what else stands in it fits this process's Python alone."""
+    inherited = os.environ.get("PYTHONPATH", "") if python == sys.executable else ""
+    return os.pathsep.join(filter(None, [str(_SOURCE_ROOT), inherited]))
+
+
 def _lines(python: str, command: Sequence[str], *, cores: Collection[int]) -> Iterator[str]:
     def pin() -> None:
         os.sched_setaffinity(0, cores)
@@ -121,7 +127,7 @@ def _lines(python: str, command: Sequence[str], *, cores: Collection[int]) -> It
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(_SOURCE_ROOT)},
+        env={**os.environ, "PYTHONPATH": _path_of(python)},
         # Before the engine's libraries count the cores they may use; JAX warns of it.
         preexec_fn=pin if cores else None,
     ) as process:
