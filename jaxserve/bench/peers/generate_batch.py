@@ -59,6 +59,7 @@ def run(
     with model.continuous_batching_context_manager(
         generation_config=generation_config("greedy", max_new_tokens=most),
         continuous_batching_config=batching,
+        timeout=5,  # as in generate_batch: a thread that hangs is left behind
     ) as manager:
         for requests in workloads:
             meter = Meter()
