@@ -33,7 +33,7 @@ from jaxserve.kernels.kv_pages import RowPages
 _KV_HEADS: Final = 2
 
 # An interpreted kernel takes longer to compile than to run.
-INTERPRETED: Final = {"xla_backend_optimization_level": 0}
+INTERPRETED: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
 """Compiler options for it."""
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxserve.bench.kernel_check import worst_error
+from jaxserve.bench.kernel_check import INTERPRETED, worst_error
 from jaxserve.bench.peers import run
 from jaxserve.bench.peers.decode_shapes import LARGEST_ERROR, Sizes, page_tables, read_bytes
 from jaxserve.bench.peers.protocol import KernelResult, first_line
@@ -338,9 +338,12 @@ _Compiled = tuple[Kernel, Any, Any]
 
 def _compile(make: Callable[[Decode], Kernel], decode: Decode) -> _Compiled:
     """A kernel, one call of it and `CALLS` of them as compiled programs."""
-    kernel = make(decode)
-    once = jax.jit(kernel.attend).lower(*kernel.operands).compile()
-    return kernel, once, loop_of(kernel).lower(*kernel.operands).compile()
+    kernel, options = make(decode), INTERPRETED if on_cpu() else None
+    once, loop = (
+        function.lower(*kernel.operands).compile(options)
+        for function in (jax.jit(kernel.attend), loop_of(kernel))
+    )
+    return kernel, once, loop
 
 
 def _decode_row(
