@@ -32,6 +32,8 @@ EXTRAS = {
     "jaxserve.models.training": "train",
     "jaxserve.bench.family_check": "bench",
     "jaxserve.bench.openai_check": "bench",
+    "jaxserve.bench.openai_effects": "bench",
+    "jaxserve.bench.openai_judging": "bench",
     "jaxserve.bench.peers": "peers",
 }
 

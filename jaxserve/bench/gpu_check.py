@@ -1,13 +1,14 @@
 """One command's worth of checks on a machine with a GPU: is it right, and how fast is it.
 
 Each part is a process of its own, with a time limit: what one part breaks, or the memory it holds,
-is no matter to the next. Without a GPU every part runs at tiny sizes on the CPU, which proves the
-way and says nothing of speed. Knows what parts measure, and how their numbers are compared.
+is no matter to the next, and what a part had measured when it was stopped is kept. Without a GPU
+every part runs at tiny sizes on the CPU, which proves the way and says nothing of speed. Knows the
+parts, their limits and how their numbers are compared.
 """
 
 import json
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,206 +17,140 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from jaxserve import flag_table
-from jaxserve.flags import Settings, parse
-
-Numbers = dict[str, Any]
+from jaxserve.bench import gpu_parts
+from jaxserve.bench.gpu_parts import Numbers, Report
+from jaxserve.bench.peers.decode_shapes import FULL, TINY, read_bytes
+from jaxserve.bench.peers.report import OURS
+from jaxserve.errors import ConfigError
 
 
 class Part(NamedTuple):
-    """A part of the check, what it measures within `seconds`, and when it is given up."""
+    """A part of the check, what it measures within `seconds`, and when it is given up.
 
-    run: Callable[[float], Numbers]
+    What a part leaves of its limit, later ones may use; one that `stretches` measures for longer
+    then. `ours` are the parts that must succeed, `holds_memory` those that take the device's memory
+    at the start, as serving does.
+    """
+
+    run: Callable[[float, Report], None]
     seconds: float
     limit_s: float
+    ours: bool = True
+    holds_memory: bool = False
+    stretches: bool = False
 
 
-def _is_tiny() -> bool:
-    from jaxserve.bench.kernels import on_cpu
-
-    return on_cpu()
-
-
-def correctness(seconds: float) -> Numbers:
-    """Kernels against float64, over as much of the option matrix as time allows."""
-    from jaxserve.bench.kernel_check import MATRIX, check_many, limit
-
-    tiny = _is_tiny()
-    threads = 1 if tiny else len(os.sched_getaffinity(0))
-    results = list(check_many(seconds=seconds, interpret=tiny, threads=threads))
-    wrong = [
-        f"{','.join(map(str, options))}: {error if isinstance(error, str) else f'{error:.1e}'}"
-        for options, error in results
-        if isinstance(error, str) or not error <= limit(options.stored)
-    ]
-    errors: dict[str, float] = {}
-    for options, error in results:
-        if not isinstance(error, str):
-            errors[options.stored] = max(errors.get(options.stored, 0.0), error)
-    return {"checked": len(results), "of": len(MATRIX), "wrong": wrong, "worst_error": errors}
-
-
-def kernel_speed(seconds: float) -> Numbers:
-    """Kernels beside the copy bandwidth, the matrix rate and other libraries."""
-    from jaxserve.bench import kernels
-
-    tiny = _is_tiny()
-    sizes = kernels.TINY if tiny else kernels.FULL
-    rates = kernels.measure_rates(sizes)
-    return kernels.as_json(rates, kernels.measure(sizes, rates), tiny=tiny)
-
-
-# Rows and tokens of context of the slices to time.
-_STEPS: Final = ((64, 1024), (256, 1024))
-_TINY_STEPS: Final = ((2, 32), (8, 48))
-_SLICE_STEPS: Final = 16
-
-
-def _deployment(tiny: bool, *, rows: int, prompt_tokens: int) -> list[str]:
-    """Flags of a deployment with so many rows and prompt tokens per step."""
-    return [
-        f"--model=random:{'tiny' if tiny else 'llama3-8b'}",
-        f"--max_rows={8 if tiny else rows}",
-        f"--max_prefill_tokens={prompt_tokens}",
-        f"--page_size={16 if tiny else 64}",
-        "--mesh=tp=1",
-        "--kernels=auto",
-        f"--compilation_cache={os.environ.get(_CACHE, '')}",
-    ]
-
-
-def _settings(arguments: list[str]) -> Settings:
-    """What `jaxserve profile` would make of these flags."""
-    groups = (flag_table.PROFILING, flag_table.MODEL, flag_table.PROGRAMS, flag_table.MEMORY)
-    return parse(groups, arguments, environment={}, known=set())
-
-
-def engine(seconds: float) -> Numbers:
-    """Decode steps of whole slices, and what weights, keys and products would take at least.
-
-    The bytes and FLOPs are those of the computed profiles: every weight and every row's keys read
-    once. It takes as long as building a deployment does, not `seconds`.
-    """
-    from jaxserve.config import EngineConfig
-    from jaxserve.engine.build import TILE, build_jax, serving_buckets
-    from jaxserve.engine.measure import Limits, Point, SliceBench
-    from jaxserve.models.profile import ModelShape
-    from jaxserve.models.sources import load_model_config, parse_source
-    from jaxserve.schedulers.estimators.roofline_time import DEVICES, RooflineTime
-
-    tiny = _is_tiny()
-    flags = _deployment(tiny, rows=max(_STEPS)[0], prompt_tokens=64)
-    config = _settings(flags).record(EngineConfig)
-    source = parse_source(config.model)
-    model = load_model_config(source)
-    began_s = time.monotonic()
-    executor, info, _ = build_jax(config, source, model, lambda line: print(line, flush=True))
-    build_s = time.monotonic() - began_s
-    limits = Limits(
-        buckets=serving_buckets(config),
-        tile=TILE,
-        max_rows=config.scheduler.max_rows,
-        max_steps=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
-        max_context=model.max_context,
-        page_size=info.page_size,
-        num_pages=info.num_pages,
-    )
-    bench = SliceBench(executor, limits)
-    # Bytes and products are the model's; the data sheet's rates are not read.
-    sizes = ModelShape.of(model).sizes(info.dtype)
-    counts = RooflineTime(sizes=sizes, device=DEVICES["h200"], num_devices=1)
-    steps = []
-    for rows, context in _TINY_STEPS if tiny else _STEPS:
-        point = Point(_SLICE_STEPS, (context,) * rows)
-        bench.run(point)
-        times = [bench.run(point)[1] / _SLICE_STEPS for _ in range(5)]
-        attended = rows * (context + _SLICE_STEPS / 2)
-        steps.append(
-            {
-                "rows": rows,
-                "context": context,
-                "step_s": statistics.median(times),
-                "bytes": counts.step_bytes(rows, rows, attended),
-                "flops": counts.step_flops(rows, rows, attended),
-            }
-        )
-    return {
-        "model": config.model,
-        "dtype": info.dtype,
-        "kernels": info.kernels,
-        "num_pages": info.num_pages,
-        "build_s": build_s,
-        "steps": steps,
-    }
-
-
-def profile(seconds: float) -> Numbers:
-    """`jaxserve profile` of a smaller deployment, as JSON: it measures every program many times."""
-    from jaxserve.bench.profile import main
-
-    tiny = _is_tiny()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "profile.json"
-        flags = [
-            *_deployment(tiny, rows=16, prompt_tokens=512),
-            f"--minutes={seconds / 60}",
-            f"--output={path}",
-        ]
-        code = main(_settings(flags))
-        if code:
-            raise SystemExit(code)
-        return {"profile": json.loads(path.read_text())}
-
-
-_CACHE: Final = "GPU_CHECK_CACHE"
-
-# Limits add up to less than nine minutes.
+# Limits add up to less than nine minutes. The option matrix is as large as time is left: last.
 PARTS: Final[dict[str, Part]] = {
-    "correctness": Part(correctness, 100, 140),
-    "kernels": Part(kernel_speed, 60, 110),
-    "engine": Part(engine, 30, 160),
-    "profile": Part(profile, 25, 120),
+    "device": Part(gpu_parts.device, 0, 45),
+    "kernels": Part(gpu_parts.kernels, 30, 70),
+    "engine": Part(gpu_parts.engine, 60, 120, holds_memory=True),
+    "transformers": Part(gpu_parts.transformers, 30, 60, ours=False),
+    "libraries": Part(gpu_parts.libraries, 30, 60, ours=False),
+    "profile": Part(gpu_parts.profile, 25, 85, holds_memory=True),
+    "correctness": Part(gpu_parts.correctness, 65, 95, stretches=True),
 }
 
-
-def run_part(name: str, output: str, *, quick: bool) -> None:
-    """Run one part in this process and write its numbers."""
-    part = PARTS[name]
-    numbers = part.run(5.0 if quick else part.seconds)
-    Path(output).write_text(json.dumps(numbers))
+_CONFIG_ERROR: Final = 2
+_SPARE: Final = "GPU_CHECK_SPARE_S"  # environment variable: seconds that earlier parts left
 
 
-def run_all(command: Callable[[str, str], list[str]], *, say: Callable[[str], None]) -> Numbers:
-    """Run every part by `command(part, file to write)`; a part that fails has an "error"."""
+def run_part(name: str, output: str, *, quick: bool) -> int:
+    """Run one part in this process and write its numbers; returns the exit code."""
+    part, report = PARTS[name], Report(output)
+    spare_s = float(os.environ.get(_SPARE, "0")) if part.stretches else 0.0
+    try:
+        part.run(5.0 if quick else part.seconds + spare_s, report)
+    except ConfigError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        report.save(error=str(error))
+        return _CONFIG_ERROR
+    return 0
+
+
+def run_all(
+    command: Callable[[str, str], list[str]],
+    *,
+    say: Callable[[str], None],
+    save: Callable[[Numbers], None] = lambda numbers: None,
+    peers_python: str = "",
+) -> Numbers:
+    """Run every part by `command(part, file to write)`; a part that fails has an "error".
+
+    `save` is called after every part with the numbers so far. Where JAX does not see the device
+    nothing else runs.
+    """
     numbers: Numbers = {}
+    spare_s = 0.0
     with tempfile.TemporaryDirectory() as directory:
-        environment = os.environ | {_CACHE: f"{directory}/compiled"}
+        shared = {
+            gpu_parts.CACHE: f"{directory}/compiled",
+            gpu_parts.PEERS_PYTHON: peers_python,
+            # No connection may be at hand, and nothing is to be fetched.
+            "HF_HUB_OFFLINE": "1",
+        }
         for name, part in PARTS.items():
-            began_s = time.monotonic()
-            say(f"{name}: at most {part.limit_s:.0f} s")
+            began_s, limit_s = time.monotonic(), part.limit_s + spare_s
+            say(f"{name}: at most {limit_s:.0f} s")
             path = Path(directory) / f"{name}.json"
-            try:
-                subprocess.run(
-                    command(name, str(path)),
-                    check=True,
-                    timeout=part.limit_s,
-                    env=environment,
-                    stdout=sys.stderr,
-                )
-                numbers[name] = json.loads(path.read_text())
-            except subprocess.TimeoutExpired:
-                numbers[name] = {"error": f"took longer than {part.limit_s:.0f} s"}
-            except subprocess.CalledProcessError as error:
-                numbers[name] = {"error": f"exit code {error.returncode}; its output is above"}
+            environment = os.environ | shared | {_SPARE: str(spare_s)}
+            if not part.holds_memory:
+                environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+            failure = _run(command(name, str(path)), limit_s, environment)
+            numbers[name] = json.loads(path.read_text()) if path.exists() else {}
+            blind = name == "device" and "error" in numbers[name]
+            if failure:
+                numbers[name] = {"error": _told(failure, numbers[name])} | numbers[name]
             numbers[name]["seconds"] = time.monotonic() - began_s
-    _add_rooflines(numbers)
+            spare_s = max(0.0, limit_s - numbers[name]["seconds"])
+            _compare(numbers)
+            save(numbers)
+            if blind:
+                break
     return numbers
 
 
-def _add_rooflines(numbers: Numbers) -> None:
+def _told(failure: str, numbers: Numbers) -> str:
+    doing = numbers.get("doing")
+    return f"{failure}; it said last: {doing}" if doing else failure
+
+
+def _run(command: list[str], limit_s: float, environment: dict[str, str]) -> str:
+    """Run a process and what it starts, compilers included, for so long; why it failed, or ""."""
+    with subprocess.Popen(
+        command, env=environment, stdout=sys.stderr, start_new_session=True
+    ) as process:
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return f"took longer than {limit_s:.0f} s"
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    return f"exit code {code}; its output is above" if code else ""
+
+
+def _compare(numbers: Numbers) -> None:
+    """Put beside each other what several parts measured."""
+    rates = numbers.get("kernels", {}).get("rates")
+    if rates:
+        _add_rooflines(numbers.get("engine", {}).get("steps", []), rates)
+        sizes = TINY if numbers["kernels"].get("interpreted_at_tiny_sizes") else FULL
+        lengths = dict(sizes.decode)
+        for row in numbers.get("libraries", {}).get("rows", []):
+            if row["seconds"] is not None:
+                row["bytes_per_s"] = read_bytes(sizes, lengths[row["shape"]]) / row["seconds"]
+                row["copy_share"] = row["bytes_per_s"] / rates["copy_bytes_per_s"]
+    ours, theirs = (best_rate(numbers.get(name, {})) for name in ("engine", "transformers"))
+    if ours and theirs:
+        numbers["transformers"]["ratio"] = ours / theirs
+
+
+def _add_rooflines(steps: list[Numbers], rates: Numbers) -> None:
     """What a step takes at least at the rates that the kernel part measured."""
-    rates = numbers["kernels"].get("rates")
-    for step in numbers["engine"].get("steps", []) if rates else []:
+    for step in steps:
         memory_s = step["bytes"] / rates["copy_bytes_per_s"]
         compute_s = step["flops"] / rates["matrix_flops_per_s"]
         step["roofline_s"] = max(memory_s, compute_s)
@@ -223,38 +158,100 @@ def _add_rooflines(numbers: Numbers) -> None:
         step["share"] = step["roofline_s"] / step["step_s"]
 
 
+def best_rate(part: Numbers) -> float | None:
+    """Tokens per second of the best run of a batch, None without any."""
+    return max((run["tokens_per_s"] for run in part.get("runs", [])), default=None)
+
+
 def passed(numbers: Numbers) -> bool:
-    """Whether every part ran, and no kernel was wrong."""
-    ran = not any("error" in part for part in numbers.values())
-    return ran and not numbers["correctness"]["wrong"] and numbers["correctness"]["checked"] > 0
+    """Whether every part of ours ran, and no kernel of ours was wrong or without a time."""
+    parts = {name: numbers.get(name, {"error": "did not run"}) for name in PARTS}
+    if any("error" in parts[name] for name, part in PARTS.items() if part.ours):
+        return False
+    rows = [row for row in parts["kernels"]["rows"] if row["kernel"] == OURS]
+    timed = bool(rows) and all(row["seconds"] is not None for row in rows)
+    return timed and not parts["correctness"]["wrong"] and parts["correctness"]["checked"] > 0
 
 
 def summary(numbers: Numbers) -> Iterator[str]:
-    """The short table."""
+    """The short table: what was measured, also of parts that failed."""
     for name, part in numbers.items():
         if "error" in part:
             yield f"{name:12s} FAILED: {part['error']}"
-    if "error" not in (part := numbers["correctness"]):
+    for name, lines in _LINES.items():
+        yield from lines(numbers.get(name, {}))
+
+
+def _correctness_lines(part: Numbers) -> Iterator[str]:
+    if part.get("checked"):
         worst = ", ".join(f"{name} {error:.1e}" for name, error in part["worst_error"].items())
         yield f"correctness  {part['checked']} of {part['of']} kernels; largest error: {worst}"
         yield from (f"correctness  WRONG {line}" for line in part["wrong"][:10])
-    if "error" not in (part := numbers["kernels"]):
+
+
+def _kernel_lines(part: Numbers) -> Iterator[str]:
+    if "rates" in part:
         rates = part["rates"]
         yield (
             f"device       {part['device']}, copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s,"
             f" bf16 product {rates['matrix_flops_per_s'] / 1e12:.1f} TFLOP/s"
         )
-        for row in part["rows"]:
-            share = row["copy_share"] or row["matrix_share"]
-            text = f"{row['seconds'] * 1e6:9.1f} us {share:6.1%}" if share else row["note"]
-            yield f"kernel       {row['kernel']:12s} {row['shape']:22s} {text}"
-    if "error" not in (part := numbers["engine"]):
-        for step in part["steps"]:
-            line = f"step         {step['rows']} x {step['context']}: {step['step_s'] * 1e3:.2f} ms"
-            if "share" in step:
-                line += f", roofline {step['roofline_s'] * 1e3:.2f} ms ({step['bound']})"
-                line += f", {step['share']:.1%}"
-            yield f"{line}; {part['kernels']['paged_attention']}"
-    if "error" not in (part := numbers["profile"]):
+    for row in part.get("rows", []):
+        share = row["copy_share"] or row["matrix_share"]
+        yield _kernel_line(row["kernel"], row["shape"], row["seconds"], share, row["note"])
+
+
+def _library_lines(part: Numbers) -> Iterator[str]:
+    if "note" in part:
+        yield f"libraries    {part['note']}"
+    for row in part.get("rows", []):
+        shape = f"decode {row['shape']}" if row["shape"] else ""
+        yield _kernel_line(row["peer"], shape, row["seconds"], row.get("copy_share"), row["note"])
+
+
+def _kernel_line(
+    kernel: str, shape: str, seconds: float | None, share: float | None, note: str
+) -> str:
+    time_ = "" if seconds is None else f"{seconds * 1e6:9.1f} us "
+    share_ = "" if share is None else f"{share:6.1%} "
+    return f"kernel       {kernel:12s} {shape:22s} {time_}{share_}{note}".rstrip()
+
+
+def _engine_lines(part: Numbers) -> Iterator[str]:
+    for step in part.get("steps", []):
+        line = f"step         {step['rows']} x {step['context']}: {step['step_s'] * 1e3:.2f} ms"
+        if "share" in step:
+            line += f", roofline {step['roofline_s'] * 1e3:.2f} ms ({step['bound']})"
+            line += f", {step['share']:.1%}"
+        yield f"{line}; {part['kernels']['paged_attention']}"
+    if part.get("runs"):
+        batch = part["batch"]
+        yield (
+            f"batch        {batch['count']} x ({batch['prompt_tokens']} + {batch['output_tokens']})"
+            f" tokens: {best_rate(part):,.0f} tokens/s"
+        )
+
+
+def _transformers_lines(part: Numbers) -> Iterator[str]:
+    if "note" in part:
+        yield f"transformers {part['note']}"
+    if part.get("runs"):
+        line = f"transformers the same batch: {best_rate(part):,.0f} tokens/s"
+        ratio = f", ours is {part['ratio']:.2f} times that" if "ratio" in part else ""
+        yield line + ratio
+
+
+def _profile_lines(part: Numbers) -> Iterator[str]:
+    if "profile" in part:
         errors = part["profile"]["errors"]["held_out"]
         yield f"profile      held-out slices are off by {errors['mean']:.1%} on average"
+
+
+_LINES: Final[dict[str, Callable[[Numbers], Iterator[Any]]]] = {
+    "correctness": _correctness_lines,
+    "kernels": _kernel_lines,
+    "libraries": _library_lines,
+    "engine": _engine_lines,
+    "transformers": _transformers_lines,
+    "profile": _profile_lines,
+}

@@ -1,8 +1,7 @@
 """The load client's OpenAI HTTP: streamed completions of ours or of any other server.
 
-HTTP/1.1 and server-sent events are read by hand, because a library would be slower than many a
-server. Connections are kept and used again, as many as there are streams. Knows no workload beyond
-one request and keeps no time.
+Connections are kept and used again, as many as there are streams. Knows what requests and events
+mean, no workload beyond one request, and keeps no time.
 
 An event brings as many tokens as its `token_ids` (ours and vLLM's send them when asked). Where
 there are none, the tokens that `usage` counts are spread evenly over the answer's events, and where
@@ -11,7 +10,6 @@ there is no usage either, an event counts as one token; `counted` says which it 
 
 import asyncio
 import ssl
-import time
 from collections import Counter
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -19,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 
+from jaxserve.bench.http_connection import Answer, Connection
 from jaxserve.bench.transport import (
     REFUSED,
     Asking,
@@ -41,9 +40,6 @@ _WORDS: Final = (
     "time year people way day man thing woman life child world school state family student group"
     " country problem hand part place case week company system program question work night point"
 ).split()
-
-_HEAD_BYTES: Final = 1 << 16
-_HEAD, _SIZED, _CHUNK_SIZE, _CHUNK, _TRAILER, _TO_END = range(6)
 
 
 class _Delta(msgspec.Struct):
@@ -94,8 +90,8 @@ class HttpTransport:
         self._url, self._asking, self._chat = url, asking, chat
         self._path = f"{self._base}/{CHAT if chat else TEXT}"
         self._model, self._owner = asking.model, ""
-        self._idle: list[_Connection] = []
-        self._open: set[_Connection] = set()
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
         self._sources: Counter[str] = Counter()
 
     @property
@@ -104,7 +100,7 @@ class HttpTransport:
         return ", ".join(said) or "nothing"
 
     async def facts(self) -> ServerFacts:
-        answer = _Answer()
+        answer = Answer()
         head = self._head("GET", f"{self._base}/models", self._asking.api_key, 0)
         try:
             async with asyncio.timeout(ASK_S):
@@ -173,7 +169,7 @@ class HttpTransport:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     async def send(self, prepared: bytes, timeout_s: float | None, on_tokens: OnTokens) -> Ending:
-        answer = _Answer(on_tokens)
+        answer = _Completion(on_tokens)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._exchange(prepared, answer)
@@ -188,7 +184,7 @@ class HttpTransport:
             self._sources[answer.source] += 1
         return answer.ending()
 
-    async def _exchange(self, data: bytes, answer: "_Answer") -> None:
+    async def _exchange(self, data: bytes, answer: Answer) -> None:
         """Raises OSError; a connection that was not read to the end is closed."""
         connection = None
         while self._idle and connection is None:
@@ -196,7 +192,7 @@ class HttpTransport:
             connection = connection if connection.usable else None
         if connection is None:
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self._open), *self._address, ssl=self._secure
+                lambda: Connection(self._open), *self._address, ssl=self._secure
             )
         try:
             await connection.ask(data, answer)
@@ -221,11 +217,11 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-class _Answer:
-    """What came of one request: reads the body's lines, counts tokens, and knows how it ended."""
+class _Completion(Answer):
+    """A streamed completion: counts tokens, and knows how it ended."""
 
-    def __init__(self, on_tokens: OnTokens | None = None):
-        self.status, self.body = 0, b""
+    def __init__(self, on_tokens: OnTokens):
+        super().__init__(streams=True)
         self.source = ""
         self._on_tokens = on_tokens
         self._held: list[float] = []
@@ -235,19 +231,7 @@ class _Answer:
         self._done = False
         self._error: Any = None
 
-    def take(self, at_s: float, data: bytes) -> None:
-        """A part of the body."""
-        body = self.body + data if self.body else data
-        if self.status != 200 or self._on_tokens is None:
-            self.body = body
-            return
-        lines = body.split(b"\n")
-        self.body = lines.pop()
-        for line in lines:
-            if line.startswith(b"data:"):
-                self._take_event(at_s, line[5:].strip())
-
-    def _take_event(self, at_s: float, data: bytes) -> None:
+    def take_event(self, at_s: float, data: bytes) -> None:
         if data == b"[DONE]":
             self._done = True
             return
@@ -271,7 +255,6 @@ class _Answer:
                 self._held.append(at_s)
 
     def _give(self, at_s: float, num_tokens: int) -> None:
-        assert self._on_tokens is not None
         self._given += num_tokens
         self._on_tokens(at_s, num_tokens)
 
@@ -322,153 +305,3 @@ def _event_error(error: Any) -> Ending:
     kind, message = str(fields.get("type", "error")), str(fields.get("message", ""))
     reason = "deadline" if kind == "timeout_error" else "error"
     return Ending(reason=reason, fault=kind, message=message)
-
-
-class _Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection, one request at a time. It is in `all_open` while it is open."""
-
-    def __init__(self, all_open: "set[_Connection]") -> None:
-        self._all_open = all_open
-        self._transport: asyncio.Transport | None = None
-        self._in, self._place = b"", 0  # what came, and how much of it was taken
-        self._state = _HEAD
-        self._left = 0
-        self._answer: _Answer | None = None
-        self._ended: asyncio.Future[None] | None = None
-        self._keep = True
-
-    @property
-    def usable(self) -> bool:
-        """Open, and no answer is on its way."""
-        open_ = self._transport is not None and not self._transport.is_closing()
-        return open_ and self._answer is None and self._keep
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    async def ask(self, data: bytes, answer: _Answer) -> None:
-        """Send a request and read its answer. Raises OSError when the connection fails."""
-        assert self._transport is not None and self._answer is None
-        self._answer, self._state = answer, _HEAD
-        self._ended = asyncio.get_running_loop().create_future()
-        self._transport.write(data)
-        await self._ended
-
-    # ---------------------------------------------------------------- asyncio's calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._all_open.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._all_open.discard(self)
-        if self._answer is None or self._ended is None or self._ended.done():
-            return
-        if self._state == _TO_END and exc is None:
-            self._end()
-        else:
-            error = ConnectionResetError("the server closed the connection before the answer's end")
-            self._ended.set_exception(exc if isinstance(exc, OSError) else error)
-
-    def data_received(self, data: bytes) -> None:
-        at_s = time.perf_counter()
-        self._in, self._place = self._in + data if self._in else data, 0
-        try:
-            while self._answer is not None and self._step(self._answer, at_s):
-                pass
-        except ValueError as error:
-            self._fail(str(error))
-        self._in = self._in[self._place :]
-
-    # ---------------------------------------------------------------- the answer, piece by piece
-
-    def _fail(self, message: str) -> None:
-        self._keep = False
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_exception(ConnectionAbortedError(f"not HTTP/1.1: {message}"))
-
-    def _end(self) -> None:
-        self._answer = None
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)
-
-    def _step(self, answer: _Answer, at_s: float) -> bool:
-        """Take one piece; False: it is not all there yet. Raises ValueError for what is none."""
-        state = self._state
-        if state == _CHUNK:
-            end = self._place + self._left
-            if len(self._in) < end + 2:
-                return False
-            answer.take(at_s, self._in[self._place : end])
-            self._place, self._state = end + 2, _CHUNK_SIZE
-        elif state == _CHUNK_SIZE:
-            line = self._line()
-            if line is None:
-                return False
-            self._left = int(line.partition(b";")[0], 16)
-            self._state = _CHUNK if self._left else _TRAILER
-        elif state == _TRAILER:
-            line = self._line()
-            if line is None:
-                return False
-            if not line:
-                self._end()
-        elif state == _HEAD:
-            return self._take_head(answer)
-        else:
-            return self._take_plain(answer, at_s)
-        return True
-
-    def _take_plain(self, answer: _Answer, at_s: float) -> bool:
-        """A body that is not in chunks."""
-        size = len(self._in) - self._place
-        if self._state == _SIZED:
-            size = min(self._left, size)
-        if not size:
-            return False
-        answer.take(at_s, self._in[self._place : self._place + size])
-        self._place += size
-        if self._state == _SIZED:
-            self._left -= size
-            if not self._left:
-                self._end()
-        return True
-
-    def _line(self) -> bytes | None:
-        end = self._in.find(b"\r\n", self._place)
-        if end < 0:
-            return None
-        line = self._in[self._place : end]
-        self._place = end + 2
-        return line
-
-    def _take_head(self, answer: _Answer) -> bool:
-        end = self._in.find(b"\r\n\r\n", self._place)
-        if end < 0:
-            if len(self._in) > _HEAD_BYTES:
-                raise ValueError("a head without end")
-            return False
-        status, *lines = self._in[self._place : end].decode("latin-1").split("\r\n")
-        self._place = end + 4
-        fields = {
-            name.lower(): value.strip() for name, _, value in (s.partition(":") for s in lines)
-        }
-        if not status.startswith("HTTP/1."):
-            raise ValueError(f"got {status[:80]!r}")
-        answer.status = int(status.split()[1])
-        if answer.status < 200:
-            return True  # 100 Continue and the like: the real head follows
-        if fields.get("connection", "").lower() == "close" or status.startswith("HTTP/1.0"):
-            self._keep = False
-        if "chunked" in fields.get("transfer-encoding", "").lower():
-            self._state = _CHUNK_SIZE
-        elif "content-length" in fields:
-            self._state, self._left = _SIZED, int(fields["content-length"])
-            if not self._left:
-                self._end()
-        else:
-            self._state, self._keep = _TO_END, False
-        return True

@@ -7,10 +7,16 @@ Dimension key: B query blocks  Q queries per block  H query heads  K kv heads  G
 C channels per head  D = 2C  N pages  S slots per page  P pages per row  T keys  Z = 2S
 """
 
+import argparse
 import itertools
+import json
+import queue
 import random
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -19,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.bench.peers.protocol import first_line
 from jaxserve.kernels import paged_attention_gpu
 from jaxserve.kernels.block_sizes import GpuBlocks
 from jaxserve.kernels.kv_pages import RowPages
@@ -26,7 +33,7 @@ from jaxserve.kernels.kv_pages import RowPages
 _KV_HEADS: Final = 2
 
 # An interpreted kernel takes longer to compile than to run.
-INTERPRETED: Final = {"xla_backend_optimization_level": 0}
+INTERPRETED: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
 """Compiler options for it."""
 
 
@@ -164,10 +171,14 @@ def check(options: Options, *, interpret: bool, blocks: GpuBlocks | None, longes
 
 
 def check_many(
-    *, seconds: float, interpret: bool, threads: int
+    *,
+    seconds: float,
+    interpret: bool,
+    threads: int = 1,
+    matrix: Sequence[Options] = MATRIX,
 ) -> Iterator[tuple[Options, float | str]]:
-    """Check the matrix in random order for about so many seconds; error, or why there is none."""
-    order = random.Random(0).sample(MATRIX, len(MATRIX))
+    """Check `matrix` in random order for about so many seconds; error, or why there is none."""
+    order = random.Random(0).sample(matrix, len(matrix))
     until_s = time.monotonic() + seconds
 
     def one(options: Options) -> float | str | None:
@@ -177,7 +188,7 @@ def check_many(
             longest = 160 if interpret else 1024
             return check(options, interpret=interpret, blocks=None, longest=longest)
         except Exception as error:  # the report says which options failed, and goes on
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return first_line(error)
 
     with ThreadPoolExecutor(threads) as pool:
         waiting = {pool.submit(one, options): options for options in order}
@@ -185,3 +196,56 @@ def check_many(
             error = done.result()
             if error is not None:
                 yield waiting[done], error
+
+
+def check_in_processes(
+    *, seconds: float, interpret: bool, processes: int
+) -> Iterator[tuple[Options, float | str]]:
+    """`check_many` of the whole matrix, spread over processes: tracing keeps one core busy.
+
+    A process that dies has its last words as the error of a check that it did not come to.
+    """
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def follow(share: int) -> None:
+        command = [sys.executable, "-m", __name__, f"--share={share}", f"--of={processes}"]
+        command += [f"--seconds={seconds}", *(["--interpret"] if interpret else [])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.put(line)
+        if process.returncode:
+            died = f"the process that checks one in {processes} ended with {process.returncode}"
+            lines.put(json.dumps([MATRIX[share], died]))
+        lines.put(None)
+
+    for share in range(processes):
+        threading.Thread(target=follow, args=(share,), daemon=True).start()
+    while processes:
+        line = lines.get()
+        if line is None:
+            processes -= 1
+            continue
+        options, error = json.loads(line)
+        yield Options(*options), error
+
+
+def main() -> None:
+    """Checks a share of the matrix; prints a JSON line of options and error for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=int, required=True)
+    parser.add_argument("--of", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--interpret", action="store_true")
+    options = parser.parse_args()
+    share = MATRIX[options.share :: options.of]
+    # The second thread traces while the first compiles.
+    checks = check_many(
+        seconds=options.seconds, interpret=options.interpret, threads=2, matrix=share
+    )
+    for each, error in checks:
+        print(json.dumps([each, error]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

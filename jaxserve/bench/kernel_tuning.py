@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from jaxserve.bench.kernels import Sizes, decode_operands, time_decode, time_prefill
+from jaxserve.bench.kernels import decode_operands, time_decode, time_prefill
+from jaxserve.bench.peers.decode_shapes import Sizes
 from jaxserve.kernels import block_sizes
 from jaxserve.kernels.block_sizes import GpuBlocks, default_gpu_blocks
 

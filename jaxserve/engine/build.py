@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jaxserve.clock import MonotonicClock
 from jaxserve.config import EngineConfig
@@ -160,8 +161,19 @@ def serving_shape(config: EngineConfig, model: ModelConfig) -> BatchShape:
 
 
 def build_jax(
-    config: EngineConfig, source: ModelSource, model: ModelConfig, progress
+    config: EngineConfig,
+    source: ModelSource,
+    model: ModelConfig,
+    progress: Callable[[str], None],
+    *,
+    buckets: tuple[Bucket, ...] | None = None,
+    weigh: Callable[[str, Any], Any] | None = None,
 ) -> tuple[Executor, ModelInfo, Callable[[], Compiles]]:
+    """An executor with its programs compiled, what it runs, and a count of later compilations.
+
+    Benchmarks choose fewer programs (`buckets`), and weights that take no time to read: `weigh`
+    makes them of a type and a mesh.
+    """
     import jax
 
     from jaxserve.engine.compile_count import CompileCount
@@ -178,9 +190,13 @@ def build_jax(
     kernels = choose_kernels(config, held, dtype=dtype, device=device)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
-    weights = load_weights(
-        source, model, dtype=dtype, seed=config.seed, mesh=mesh, progress=byte_progress(progress)
-    )
+    if weigh is not None:
+        weights = weigh(dtype, mesh)
+    else:
+        report = byte_progress(progress)
+        weights = load_weights(
+            source, model, dtype=dtype, seed=config.seed, mesh=mesh, progress=report
+        )
     progress(
         f"model {model.name}: {model.num_parameters / 1e6:.1f} M parameters in {dtype} on"
         f" {mesh.size} x {device.device_kind}"
@@ -195,7 +211,7 @@ def build_jax(
         weights,
         mesh=mesh,
         shape=serving_shape(config, model),
-        buckets=serving_buckets(config),
+        buckets=serving_buckets(config) if buckets is None else buckets,
         num_pages=num_pages,
         page_size=page_size,
         kernels=kernels.attention,

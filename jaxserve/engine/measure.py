@@ -121,7 +121,8 @@ class SliceBench:
         limits = self.limits
         num_pages = -(-(length + steps) // limits.page_size)
         # Pages of its own for every row, as far as the pool goes: shared ones would stay in caches.
-        first = slot * -(-limits.max_context // limits.page_size)
+        most = -(-limits.max_context // limits.page_size)
+        first = slot * min(most, limits.num_pages // limits.max_rows)
         pages = [page % limits.num_pages for page in range(first, first + num_pages)]
         return RowPlan(slot, steps, num_pages * limits.page_size, pages)
 

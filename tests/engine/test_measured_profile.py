@@ -80,6 +80,16 @@ def test_a_shape_counts_what_each_step_attends_to(bench: SliceBench) -> None:
     assert shape == SliceShape(3, 16, decoding + started, 128, 6 + 7 + 8 + 9)
 
 
+def test_rows_have_pages_of_their_own_in_a_pool_far_smaller_than_their_longest() -> None:
+    limits = replace(LIMITS, max_context=131_072)
+    device = ScriptedExecutor(vocab_size=97)
+    plans = []
+    run, device.dispatch = device.dispatch, lambda plan: plans.append(plan) or run(plan)
+    SliceBench(device, limits).run(Point(4, (200,) * 16))
+    pages = [page for row in plans[-1].rows for page in row.pages]
+    assert len(pages) == len(set(pages)) == 16 * 13
+
+
 def test_measured_points_give_the_truth_back(bench: SliceBench) -> None:
     points = make_points(LIMITS, each=3, seed=0)
     said: list[str] = []

@@ -1,92 +1,247 @@
-"""Paged attention of other libraries on the pages of one decode step, where they are installed.
+"""Paged attention of torch's libraries, on the decode steps that our kernel is timed on.
 
-Knows their interfaces; each takes the operands of `jaxserve.bench.kernels.Decode` and a budget, and
-returns the seconds of one call, measured by CUDA's events.
+`python -m jaxserve.bench.peers.attention_kernels --sizes=full` prints one result per library and
+shape, in the protocol. Knows the libraries' interfaces. Runs in the peers' Python and imports no
+JAX. A library's time counts only after its output was compared with attention in float64; one that
+fails has a result that says why. Without a GPU flex attention runs unfused, and the others do not.
+
+Dimension key: B rows  H query heads  K kv heads  G = H / K  C channels per head  N pages
+S slots per page  P pages per row  T keys
 """
 # pyright: reportMissingImports=false
 
-from collections.abc import Callable
-from typing import Any, Final
+import argparse
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import torch
+
+from jaxserve.bench.peers.decode_shapes import FULL, LARGEST_ERROR, TINY, Sizes, page_tables
+from jaxserve.bench.peers.protocol import KernelResult, emit, first_line
+
+_CALLS: Final = 16  # in one CUDA graph
+_TURNS: Final = 5  # of which the fastest counts
+
+Call = Callable[[], torch.Tensor]
+"""One decode step: out_BHC."""
 
 
-def _torch_pages(decode: Any):
-    """Queries [B, H, C], keys and values [N, S, K, C] as torch tensors, and lengths on the host."""
-    import torch
+class Step(NamedTuple):
+    """One decode step's operands; tables and lengths are on the host."""
 
-    def tensor(x):
-        return torch.from_dlpack(x)
-
-    kv_NSKD = decode.pages.kv_NKSD.transpose(0, 2, 1, 3)
-    C = kv_NSKD.shape[3] // 2
-    q, k, v = tensor(decode.q_BQHC[:, 0]), tensor(kv_NSKD[..., :C]), tensor(kv_NSKD[..., C:])
-    return q, k.contiguous(), v.contiguous(), np.asarray(decode.len_B)
+    q_BHC: torch.Tensor
+    k_NSKC: torch.Tensor
+    v_NSKC: torch.Tensor
+    table_BP: np.ndarray
+    len_B: np.ndarray
 
 
-def _seconds(call: Callable[[], Any], budget_s: float) -> float:
-    import torch
+def make_step(sizes: Sizes, lengths: Sequence[int], device: str) -> Step:
+    """Random rows of these lengths in bfloat16, their pages scattered over the pool."""
+    table_BP, num_pages = page_tables(lengths, sizes.page_size)
+    random = torch.Generator(device).manual_seed(1)
 
-    def run(calls: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
 
-    run(3)
-    calls = max(3, int(budget_s / 5 / run(3)))
-    return min(run(calls) for _ in range(5))
+    pool = (num_pages, sizes.page_size, sizes.kv_heads, sizes.head_dim)
+    q_BHC = normal(len(lengths), sizes.heads, sizes.head_dim)
+    return Step(q_BHC, normal(*pool), normal(*pool), table_BP, np.array(lengths))
 
 
-def _flashinfer(decode: Any, budget_s: float) -> float:
+def exact(step: Step) -> torch.Tensor:
+    """out_BHC in float64, row by row."""
+    S, K, C = step.k_NSKC.shape[1:]
+    rows = []
+    for q_HC, pages, length in zip(step.q_BHC, step.table_BP, step.len_B, strict=True):
+        own = torch.tensor(pages[: -(-length // S)], device=q_HC.device)
+        k_TKC, v_TKC = (
+            pool[own].reshape(-1, K, C)[:length].double() for pool in (step.k_NSKC, step.v_NSKC)
+        )
+        q_KGC = q_HC.double().reshape(K, -1, C) * C**-0.5
+        p_KGT = torch.softmax(q_KGC @ k_TKC.permute(1, 2, 0), dim=-1)
+        rows.append((p_KGT @ v_TKC.transpose(0, 1)).reshape(-1, C))
+    return torch.stack(rows)
+
+
+def worst_error(got_BHC: torch.Tensor, want_BHC: torch.Tensor) -> float:
+    """The largest error of a row over its largest number; NaN if anything is not a number."""
+    error_B = (got_BHC.double() - want_BHC).abs().amax((1, 2))
+    return float((error_B / want_BHC.abs().amax((1, 2))).max())
+
+
+def flashinfer_decode(step: Step) -> Call:
+    """FlashInfer 0.3's batch decode; it compiles itself by nvcc when it is first planned."""
     import flashinfer
-    import torch
 
-    q, k, v, len_B = _torch_pages(decode)
-    S, table_BP = k.shape[1], np.asarray(decode.table_BP)
-    num_pages_B = -(-len_B // S)
-    indices = np.concatenate([row[:n] for row, n in zip(table_BP, num_pages_B, strict=True)])
-    workspace = torch.empty(2**27, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-    indptr, last = np.concatenate([[0], np.cumsum(num_pages_B)]), (len_B - 1) % S + 1
-    parts = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (indptr, indices, last))
-    sizes = (q.shape[1], k.shape[2], k.shape[3], S)
-    wrapper.plan(*parts, *sizes, q_data_type=q.dtype, kv_data_type=k.dtype)
-    return _seconds(lambda: wrapper.run(q, (k, v)), budget_s)
+    q, device = step.q_BHC, step.q_BHC.device
+    S, K, C = step.k_NSKC.shape[1:]
+    num_pages_B = -(-step.len_B // S)
+    own = zip(step.table_BP, num_pages_B, strict=True)
+    indices = np.concatenate([row[:n] for row, n in own])
+    indptr, last = np.concatenate([[0], np.cumsum(num_pages_B)]), (step.len_B - 1) % S + 1
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(2**27, dtype=torch.uint8, device=device),
+        "NHD",
+        use_tensor_cores=q.shape[1] // K >= 4,  # as the servers that use it choose
+    )
+    parts = (torch.tensor(x, dtype=torch.int32, device=device) for x in (indptr, indices, last))
+    wrapper.plan(*parts, q.shape[1], K, C, S, q_data_type=q.dtype, kv_data_type=q.dtype)
+    return lambda: wrapper.run(q, (step.k_NSKC, step.v_NSKC))
 
 
-def _flex(decode: Any, budget_s: float) -> float:
+def flex(step: Step) -> Call:
     """Flex attention over the pool as one long row, of which each row sees its own pages."""
-    import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    q, k, v, len_B = _torch_pages(decode)
-    (B, _, _), (N, S, K, C) = q.shape, k.shape
-    table_BP = np.asarray(decode.table_BP)
-    # For a token of the pool: its position in row b's keys, or -1.
+    device, (B, _, C) = step.q_BHC.device, step.q_BHC.shape
+    N, S, K, _ = step.k_NSKC.shape
+    # For a page of the pool: the position of its first key in row b, or -1.
     first_BN = np.full((B, N), -1, np.int32)
-    for b, n in enumerate(-(-len_B // S)):
-        first_BN[b, table_BP[b, :n]] = S * np.arange(n)
-    first = torch.tensor(first_BN, device="cuda")
-    lengths = torch.tensor(len_B, device="cuda")
+    for b, n in enumerate(-(-step.len_B // S)):
+        first_BN[b, step.table_BP[b, :n]] = S * np.arange(n)
+    first = torch.tensor(first_BN, device=device)
+    lengths = torch.tensor(step.len_B, device=device)
 
     def visible(b, h, q_index, kv_index):
         at = first[b, kv_index // S]
         return (at >= 0) & (at + kv_index % S < lengths[b])
 
-    mask = create_block_mask(visible, B, None, 1, N * S, device="cuda", _compile=True)
-    one = (t.reshape(1, N * S, K, C).transpose(1, 2).expand(B, -1, -1, -1) for t in (k, v))
-    keys, values = one
-    queries = q[:, :, None]
-    flex = torch.compile(flex_attention)
-    return _seconds(lambda: flex(queries, keys, values, block_mask=mask, enable_gqa=True), budget_s)
+    pools = (step.k_NSKC, step.v_NSKC)
+    keys, values = (x.permute(2, 0, 1, 3).reshape(1, K, N * S, C).contiguous() for x in pools)
+    queries = step.q_BHC[:, :, None]
+    attend = flex_attention
+    if device.type == "cuda":  # fused, each shape for itself
+        attend = torch.compile(flex_attention, dynamic=False)
+
+    def with_blocks(size: int) -> Call:
+        mask = create_block_mask(
+            visible, B, None, 1, N * S, device=device.type, BLOCK_SIZE=(128, size)
+        )
+        return lambda: attend(queries, keys, values, block_mask=mask, enable_gqa=True)[:, :, 0]
+
+    try:
+        call = with_blocks(S)  # no block of the mask holds pages of two rows
+        call()
+    except Exception:  # not every release takes blocks so small; its default reads more
+        call = with_blocks(128)
+    return call
 
 
-LIBRARIES: Final[dict[str, Callable[[Any, float], float]]] = {
-    "flashinfer": _flashinfer,
-    "torch": _flex,
+class Library(NamedTuple):
+    """An adapter, and what it needs."""
+
+    adapter: Callable[[Step], Call]
+    module: str
+    needs_gpu: bool
+
+
+LIBRARIES: Final = {
+    "torch flex": Library(flex, "torch", needs_gpu=False),
+    "flashinfer": Library(flashinfer_decode, "flashinfer", needs_gpu=True),
 }
-"""By the name of the package that is imported."""
+"""By name; the one that compiles longest comes last."""
+
+
+def results(
+    sizes: Sizes, device: str, libraries: Sequence[str] = tuple(LIBRARIES)
+) -> Iterator[KernelResult]:
+    """Every library on every shape."""
+    for name in libraries:
+        library = LIBRARIES[name]
+        note = ""
+        if importlib.util.find_spec(library.module) is None:
+            note = "not installed"
+        elif library.needs_gpu and device != "cuda":
+            note = "needs a GPU"
+        for shape, lengths in sizes.decode:
+            if note:
+                yield KernelResult(peer=name, shape=shape, note=note)
+            else:
+                yield measured(name, shape, make_step(sizes, lengths, device), sizes.budget_s)
+
+
+def measured(name: str, shape: str, step: Step, budget_s: float) -> KernelResult:
+    """One library on one step: its seconds, or why there are none."""
+    try:
+        call = LIBRARIES[name].adapter(step)
+        run, out_BHC, calls = _prepared(call, step.q_BHC.device.type)
+        error = worst_error(out_BHC, exact(step))
+        if not error <= LARGEST_ERROR:
+            note = f"wrong: off by {error:.1e}, so its time does not count"
+            return KernelResult(peer=name, shape=shape, error=error, note=note)
+        seconds = _seconds(run, budget_s, step.q_BHC.device.type) / calls
+    except Exception as error:  # the report says what a library could not do, and goes on
+        return KernelResult(peer=name, shape=shape, note=first_line(error))
+    note = "" if calls > 1 else "launched from Python"
+    return KernelResult(peer=name, shape=shape, seconds=seconds, error=error, note=note)
+
+
+def _prepared(call: Call, device: str) -> tuple[Callable[[], Any], torch.Tensor, int]:
+    """What to time, the output that it leaves behind, and how many steps it is.
+
+    On a GPU that is one graph of many steps: Python takes longer to launch a short kernel than
+    the kernel runs. What cannot be captured is launched one by one.
+    """
+    out_BHC = call()
+    if device != "cuda":
+        return call, out_BHC, 1
+    call()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(_CALLS):
+                captured_BHC = call()
+    except Exception as error:  # the library's own limits; the eager time is a time as well
+        warnings.warn(f"no CUDA graph: {first_line(error)}", stacklevel=2)
+        return call, out_BHC, 1
+    captured_BHC.zero_()  # so that a graph that captured nothing is found out
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay, captured_BHC, _CALLS
+
+
+def _seconds(run: Callable[[], Any], budget_s: float, device: str) -> float:
+    """The least seconds of one `run`."""
+
+    def turn(runs: int) -> float:
+        if device != "cuda":
+            began_s = time.perf_counter()
+            for _ in range(runs):
+                run()
+            return (time.perf_counter() - began_s) / runs
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(runs):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / runs
+
+    turn(1)
+    runs = max(1, int(budget_s / _TURNS / turn(1)))
+    return min(turn(runs) for _ in range(_TURNS))
+
+
+def main() -> None:
+    """Prints every library's results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", choices=("full", "tiny"), required=True)
+    options = parser.parse_args()
+    torch._dynamo.config.cache_size_limit = 64
+    device = "cuda" if torch.cuda.is_available() and options.sizes == "full" else "cpu"
+    if options.sizes == "full" and device == "cpu":
+        for name in LIBRARIES:
+            emit(KernelResult(peer=name, shape="", note="this Python's torch finds no GPU"))
+        return
+    for result in results(FULL if options.sizes == "full" else TINY, device):
+        emit(result)
+
+
+if __name__ == "__main__":
+    main()

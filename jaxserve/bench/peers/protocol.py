@@ -57,8 +57,26 @@ class DecodeResult:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-Result = WorkloadResult | DecodeResult
-_KINDS: Final[dict[str, type[Result]]] = {"workload": WorkloadResult, "decode": DecodeResult}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelResult:
+    """One attention kernel on one decode step; without `seconds`, `note` says why.
+
+    `error` is the largest of a row over its largest number, beside float64.
+    """
+
+    peer: str
+    shape: str
+    seconds: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+Result = WorkloadResult | DecodeResult | KernelResult
+_KINDS: Final[dict[str, type[Result]]] = {
+    "workload": WorkloadResult,
+    "decode": DecodeResult,
+    "kernel": KernelResult,
+}
 
 
 def emit(result: Result) -> None:
@@ -73,6 +91,12 @@ def parse(line: str) -> Result | None:
         return None
     fields = json.loads(line)
     return _KINDS[fields.pop("kind")](**fields)
+
+
+def first_line(error: BaseException) -> str:
+    """What a table says of an error: its type and the beginning of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 class Meter:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -44,19 +44,24 @@ class PeerFailed(Exception):
     """A peer's process ended with an error; the message holds its last lines."""
 
 
-def require_modules(python: str) -> None:
-    """Raises ConfigError naming what to install where `python` lacks a peer's package."""
+def missing_modules(python: str, modules: Iterable[str]) -> list[str]:
+    """Those of `modules` that `python` cannot import. Raises ConfigError when it does not run."""
     probe = (
         "import importlib.util as u, sys;"
         "print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
     )
     try:
         answer = subprocess.run(
-            [python, "-c", probe, *REQUIREMENTS], capture_output=True, text=True, check=True
+            [python, "-c", probe, *modules], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"peers_python: got {python!r}, which does not run: {error}") from error
-    missing = [REQUIREMENTS[module] for module in answer.stdout.split()]
+    return answer.stdout.split()
+
+
+def require_modules(python: str) -> None:
+    """Raises ConfigError naming what to install where `python` lacks a peer's package."""
+    missing = [REQUIREMENTS[module] for module in missing_modules(python, REQUIREMENTS)]
     if missing:
         quoted = " ".join(f"'{name}'" for name in missing)
         raise ConfigError(
@@ -91,16 +96,29 @@ def run_peer(
     """
     python = sys.executable if name == OURS else python
     module, *fixed = PEERS[name]
-    for line in _lines(python, [module, *fixed, *arguments], cores=cores):
+    yield from run_module(python, module, [*fixed, *arguments], cores=cores)
+
+
+def run_module(
+    python: str, module: str, arguments: Sequence[str], *, cores: Collection[int] = ()
+) -> Iterator[Result]:
+    """Yields what a module of this package prints as results, run by `python`. Raises PeerFailed
+    when it ends with an error."""
+    for line in _lines(python, [module, *arguments], cores=cores):
         result = parse(line)
         if result is not None:
             yield result
 
 
+def _path_of(python: str) -> str:
+    """PYTHONPATH with this package; what else stands in it fits this process's Python alone."""
+    inherited = os.environ.get("PYTHONPATH", "") if python == sys.executable else ""
+    return os.pathsep.join(filter(None, [str(_SOURCE_ROOT), inherited]))
+
+
 def _lines(python: str, command: Sequence[str], *, cores: Collection[int]) -> Iterator[str]:
     def pin() -> None:
-        if cores:
-            os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, cores)
 
     module, *arguments = command
     last_lines: deque[str] = deque(maxlen=15)
@@ -109,8 +127,9 @@ def _lines(python: str, command: Sequence[str], *, cores: Collection[int]) -> It
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(_SOURCE_ROOT)},
-        preexec_fn=pin,  # before the engine's libraries count the cores they may use
+        env={**os.environ, "PYTHONPATH": _path_of(python)},
+        # Before the engine's libraries count the cores they may use; JAX warns of it.
+        preexec_fn=pin if cores else None,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -114,18 +114,26 @@ def serve_continuous(
         generation_config=generation_config(mode, max_new_tokens=OUTPUT.high),
         continuous_batching_config=config,
     ) as manager:
-        for request in requests:
-            manager.add_request(
-                list(request.prompt_ids),
-                max_new_tokens=request.output_tokens,
-                record_timestamps=True,
-            )
-        for _ in requests:
-            answer = manager.get_result()
-            if answer is None or answer.error is not None:
-                raise RuntimeError(f"continuous batching failed: {answer and answer.error}")
-            for token_s in answer.timestamps:
-                meter.add(1, at_s=token_s)
+        take_answers(manager, requests, meter)
+
+
+def take_answers(manager: Any, requests: Sequence[Request], meter: Meter) -> None:
+    """Hands all requests to a continuous batching manager, and waits for their last tokens.
+
+    Raises RuntimeError when one fails, or none ends for a minute.
+    """
+    for request in requests:
+        manager.add_request(
+            list(request.prompt_ids),
+            max_new_tokens=request.output_tokens,
+            record_timestamps=True,
+        )
+    for _ in requests:
+        answer = manager.get_result(timeout=60)
+        if answer is None or answer.error is not None:
+            raise RuntimeError(f"continuous batching failed: {answer and answer.error}")
+        for token_s in answer.timestamps:
+            meter.add(1, at_s=token_s)
 
 
 Serve = Callable[..., None]

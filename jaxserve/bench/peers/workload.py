@@ -57,3 +57,12 @@ def make_requests(
 def warm_up_requests(requests: tuple[Request, ...]) -> tuple[Request, ...]:
     """A short run of the same kind: the first rows' prompts, few tokens each."""
     return tuple(Request(r.prompt_ids, min(r.output_tokens, 16)) for r in requests[:MAX_ROWS])
+
+
+def equal_requests(
+    vocab_size: int, *, count: int, prompt_tokens: int, output_tokens: int, seed: int
+) -> tuple[Request, ...]:
+    """Random prompts of one length, all with as many tokens to make."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, vocab_size, (count, prompt_tokens))
+    return tuple(Request(tuple(prompt), output_tokens) for prompt in prompts.tolist())
