@@ -27,7 +27,7 @@ from jaxserve.models.profile import Profile
 from jaxserve.report.measure import measure
 from jaxserve.report.recorder import Recorder
 from jaxserve.report.report import About, Report
-from jaxserve.schedulers.estimators.fitted_time import fit_host, fit_time
+from jaxserve.schedulers.estimators.fitted_time import error_on, fit_host, fit_time
 from jaxserve.sim.rerun import read_recorded, rerun
 from jaxserve.sim_config import SimConfig
 from jaxserve.workload.config import WorkloadConfig
@@ -131,12 +131,16 @@ def _report(recorder: Recorder, chosen: WorkloadConfig, kind: str) -> Report:
 def calibrated(profile: Profile, logs: Sequence[Path], of: Sequence[Path]) -> Profile:
     """The profile with slice times and host cost of live runs, which hold what the host took of the
     device's core: terms fitted to the slices of all `logs`, for one run meets some programs hardly
-    ever; how fast the machine was, and the host, as in the runs `of`, for its speed drifts."""
+    ever; how fast the machine was, the host, and how slices scatter around their predictions, as in
+    the runs `of`, for its speed drifts."""
     time = fit_time([(each.shape, each.slice_s) for log in logs for each in _usual(log)])
     now = [each for log in of for each in _usual(log)]
-    speed = statistics.median(each.slice_s / time.slice_s(each.shape) for each in now)
-    host = fit_host([(each.handled, each.host_s) for each in now])
-    return replace(profile, time=replace(time.scaled(speed), host=host), host_overlaps=True)
+    # All seconds, not the median slice's: what waits for a slow one has to wait.
+    speed = sum(each.slice_s for each in now) / sum(time.slice_s(each.shape) for each in now)
+    time = replace(time.scaled(speed), host=fit_host([(each.handled, each.host_s) for each in now]))
+    spread = error_on(time, [(each.shape, each.slice_s) for each in now])
+    errors = replace(profile.errors, spread=spread)
+    return replace(profile, time=time, errors=errors, host_overlaps=True)
 
 
 def _usual(log: Path) -> list[LiveSlice]:

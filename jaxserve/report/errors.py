@@ -1,6 +1,7 @@
 """How far a simulation is from the live run that it imitates. Draws nothing."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -69,17 +70,25 @@ def errors(
     *,
     bounds: Mapping[str, Bound] | None = None,
     repeated: Report | None = None,
+    draws: Sequence[Report] = (),
 ) -> list[MetricError]:
     """Each number that both runs have. `repeated` is a second live run of the same: how far live
-    runs are apart by themselves."""
+    runs are apart by themselves. `draws` are more simulations of it, whose noise was drawn anew:
+    the mean of all is compared."""
     found = []
     for name in _COMPARED:
-        ours, theirs = live.value(name), simulated.value(name)
+        ours, theirs = live.value(name), _mean(name, (simulated, *draws))
         if ours is None or theirs is None:
             continue
         again = None if repeated is None else repeated.value(name)
         found.append(_error(name, ours, theirs, (bounds or {}).get(name), again))
     return found
+
+
+def _mean(name: str, reports: Sequence[Report]) -> Number:
+    """None where no report has it; a number that all agree on stays what it is."""
+    values = [value for each in reports if (value := each.value(name)) is not None]
+    return values[0] if len(set(values)) == 1 else statistics.fmean(values) if values else None
 
 
 def side_by_side(
@@ -88,9 +97,11 @@ def side_by_side(
     *,
     bounds: Mapping[str, Bound] | None = FIDELITY,
     repeated: Report | None = None,
+    draws: Sequence[Report] = (),
 ) -> Report:
-    """The live run's report with its simulation and all errors in it, for every form."""
-    rows = errors(live, simulated, bounds=bounds, repeated=repeated)
+    """The live run's report with its simulation and all errors in it, for every form; the curves
+    are those of `simulated`."""
+    rows = errors(live, simulated, bounds=bounds, repeated=repeated, draws=draws)
     against: dict[str, Any] = {
         "title": simulated.title,
         "profile": dict(simulated.about.profile),

@@ -83,6 +83,11 @@ def test_errors_of_a_simulation_are_held_to_bounds(report):
     again = errors(live, simulated, bounds=bounds, repeated=repeated)
     row = next(row for row in again if row.name == "requests_per_s")
     assert row.within is True and row.bound_text == "1.5 x live runs' difference"
+    # of several draws the mean counts
+    draws = [with_number(simulated, requests_per_s=each) for each in (101.0, 101.0)]
+    mean = errors(live, simulated, bounds=bounds, draws=draws)
+    row = next(row for row in mean if row.name == "requests_per_s")
+    assert row.within is True and row.simulated == 102.0
 
 
 def test_a_live_run_and_its_simulation_are_one_report(report, other, capsys):
