@@ -91,8 +91,9 @@ def served(
     weight_C = np.array(recorder.client_weights)[clients_C] if num else np.zeros(0)
     service_CK = w_in * (parts[0] - parts[1]) + w_out * parts[2]
     share_CK = service_CK / weight_C[:, None]
+    never_K = np.zeros(NUM_STEPS)  # waited: its requests began before the window did
     covered = [
-        np.stack([each[id] for id in clients_C]) / step_s
+        np.stack([each.get(id, never_K) for id in clients_C]) / step_s
         if num and len(clients_C)
         else np.zeros((0, NUM_STEPS))
         for each in (demanded, waited)

@@ -165,6 +165,19 @@ def test_service_both_ways_by_weight_and_the_gap_of_those_backlogged():
     assert report.numbers["jain_wait"] == 1.0 and report.numbers["jain_wait_clients"] == 2
 
 
+def test_a_client_may_be_served_in_the_window_without_waiting_in_it():
+    recorder = Recorder()
+    for number, client in enumerate("ab"):
+        send(recorder, number, 0.0, client=client)
+        recorder.delivered(number, 1.0, 1)
+        recorder.ended(number, 9.0, "stop", 0)
+    send(recorder, 2, 5.0, client="a")
+    recorder.ended(2, 9.0, "abort", 0)
+    report = report_on(recorder, window=(4.0, 8.0))
+    assert [row["client"] for row in report.clients] == ["a", "b"]
+    assert report.numbers["jain_backlogged"] is None  # one alone waited
+
+
 def test_one_client_has_no_index():
     numbers = report_on(small_run()).numbers
     assert numbers["jain_backlogged"] is None and numbers["jain_backlogged_clients"] is None
