@@ -6,6 +6,7 @@ slice is for the planner.
 """
 
 import heapq
+from itertools import chain, repeat
 from typing import Protocol, runtime_checkable
 
 from jaxserve.engine.core_config import CoreConfig
@@ -77,31 +78,24 @@ class Admitter:
         """Every row that holds a lease, or will share its parent's, as admission rules see it."""
         jobs = self._core.jobs
         running = [jobs[number] for number in self._core.order.running()]
-        rows = RunningRows(
-            [
-                _as_running(row, job, len(row.lease.pages))
-                for job in running
-                for row in job.sequences
-                if row.lease is not None
-            ]
-        )
+        leased = [row for job in running for row in job.sequences if row.lease is not None]
+        rows = RunningRows()
+        rows.extend(map(_as_running, leased), len(leased))
         for job in running:
             if job.parent is not None:
-                rows.extend(self._unforked(job))
+                self._add_unforked(rows, job)
         return rows
 
-    def _unforked(self, job: Job) -> list[Running]:
+    def _add_unforked(self, rows: RunningRows, job: Job) -> None:
         """Samples that hold their prompt together: the first all of the parent's lease, the others,
         which run the prompt's last token on a page of their own, its whole pages."""
         assert job.parent is not None
         if job.parent.lease is None:
-            return []
+            return
         first = len(job.parent.lease.pages)
         others = min(first, (job.request.prompt.size - 1) // self._pool.page_size)
-        return [
-            _as_running(row, job, others if place else first)
-            for place, row in enumerate(job.sequences)
-        ]
+        pages = chain([first], repeat(others))
+        rows.extend(map(_as_running, job.sequences, pages), len(job.sequences))
 
     def admit(self, steps: int, *, budget: int, now_s: float) -> bool:
         """Seat whom the order names until it names nobody beside those that do not fit, or
@@ -170,11 +164,9 @@ class Admitter:
             left += len(rows) - 1  # each sample runs the prompt's last token for itself
         self._seat(job, leaders, fresh, left)
         if job.parent is not None:
-            running.extend(self._unforked(job))
+            self._add_unforked(running, job)
         else:
-            running.extend(
-                [_as_running(row, job, len(row.lease.pages)) for row in rows if row.lease]
-            )
+            running.extend(map(_as_running, rows), len(rows))
         return left
 
     def _unseat(self, rows: list[Sequence]) -> None:
@@ -210,8 +202,12 @@ class Admitter:
         self._admitted_per_s = 0.9 * self._admitted_per_s + 0.1 / gap
 
 
-def _as_running(row: Sequence, job: Job, leased_pages: int) -> Running:
+def _as_running(row: Sequence, leased_pages: int | None = None) -> Running:
+    """`leased_pages`: where they are not those of its lease."""
+    if leased_pages is None:
+        assert row.lease is not None
+        leased_pages = len(row.lease.pages)
     known, ahead = row.length + row.ahead, row.ahead
     return Running(
-        known, leased_pages, row.max_length - known, len(row.made) + ahead, job.request.client
+        known, leased_pages, row.max_length - known, len(row.made) + ahead, row.job.request.client
     )
