@@ -74,10 +74,8 @@ class Admitter:
             slice_steps=slice_steps,
         )
 
-    def running_rows(self) -> RunningRows:
+    def running_rows(self, running: list[Job]) -> RunningRows:
         """Every row that holds a lease, or will share its parent's, as admission rules see it."""
-        jobs = self._core.jobs
-        running = [jobs[number] for number in self._core.order.running()]
         leased = [row for job in running for row in job.sequences if row.lease is not None]
         rows = RunningRows()
         rows.extend(map(_as_running, leased), len(leased))
@@ -97,16 +95,16 @@ class Admitter:
         pages = chain([first], repeat(others))
         rows.extend(map(_as_running, job.sequences, pages), len(job.sequences))
 
-    def admit(self, steps: int, *, budget: int, now_s: float) -> bool:
+    def admit(self, running: list[Job], steps: int, *, budget: int, now_s: float) -> list[Job]:
         """Seat whom the order names until it names nobody beside those that do not fit, or
-        `budget` prompt tokens are given out. Whether anybody was."""
+        `budget` prompt tokens are given out; `running` run already. Who was."""
         self.blocked = False
+        admitted: list[Job] = []
         if not self._core.statistics_now.waiting:  # what most slices find: spare the order
-            return False
+            return admitted
         order, jobs, tile = self._core.order, self._core.jobs, self._config.tile
-        running: RunningRows | None = None
+        rows: RunningRows | None = None
         misfits: set[int] = set()
-        anybody = False
         while budget > 0 and self._free_slots:
             number = order.next()
             if number is None or number in misfits:
@@ -114,10 +112,10 @@ class Admitter:
             job = jobs[number]
             size: int | None = None
             if len(job.sequences) <= len(self._free_slots):
-                if running is None:
-                    running = self.running_rows()
-                size = self._try_admit(job, running, steps)
-                if size is None and not running and not self._core.num_in_flight:
+                if rows is None:
+                    rows = self.running_rows(running)
+                size = self._try_admit(job, rows, steps)
+                if size is None and not rows and not self._core.num_in_flight:
                     self._core.outgrown(job)  # since a preemption longer than what was checked
                     continue
                 self.blocked = self.blocked or size is None
@@ -126,9 +124,9 @@ class Admitter:
                 order.on(Misfit(number))
                 continue
             budget -= max(size, tile)
-            anybody = True
+            admitted.append(job)
             self._note_admission(job, now_s)
-        return anybody
+        return admitted
 
     def _try_admit(self, job: Job, running: RunningRows, steps: int) -> int | None:
         """Lease and seat a job: prompt tokens left to run, or None when it does not fit."""

@@ -373,7 +373,8 @@ class EngineCore:
             sequence.phase = Phase.EVICTING
             if sequence.last_slice not in flying:
                 self._evict(sequence)
-        self.admission.retracted(self._admitter.running_rows())
+        running = [self.jobs[number] for number in self.order.running()]
+        self.admission.retracted(self._admitter.running_rows(running))
 
     def _evict(self, sequence: Sequence) -> None:
         self._release(sequence)

@@ -57,8 +57,11 @@ class Planner:
         if self._core.slicing.admits_while_running or not self._anyone_runs():
             queued = sum([row.length - row.computed for row in prefilling if _prefills(row)])
             budget = self._config.scheduler.max_prefill_tokens - queued
-            if self._admits.admit(length.steps, budget=budget, now_s=now_s):
-                _, prefilling = self._rows_of(self._running())
+            admitted = self._admits.admit(running, length.steps, budget=budget, now_s=now_s)
+            if admitted:
+                # The order says who prefills first: mostly there is one, and nothing to ask.
+                alone = len(admitted) == 1 and not prefilling
+                _, prefilling = self._rows_of(admitted if alone else self._running())
         if prefilling:
             self._plan_prefill(prefilling, length.steps)
         if not self._rows:
