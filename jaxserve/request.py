@@ -117,7 +117,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Delta:
     """What one slice added to one sample of a request. `finish` is set on a sample's last delta.
     Never changed once made; not frozen, which takes three times as long.
@@ -130,11 +130,11 @@ class Delta:
     request_id: str
     sample: int
     tokens: Sequence[int]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     stop_match: int | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     message: str = ""
 

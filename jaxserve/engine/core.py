@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from jaxserve.engine.admitter import Admitter
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
-from jaxserve.engine.planner import Planner
+from jaxserve.engine.planner import Flight, Planner
 from jaxserve.engine.prefixes import OutputKeys, Prefixes
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import Compiles, EngineStatistics
@@ -43,15 +43,6 @@ class Rejection:
 
     request_id: str
     error: JaxserveError
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A dispatched slice: the sequences in its rows, and the steps each was given."""
-
-    number: int
-    rows: list[Sequence]
-    steps: list[int]
 
 
 _REASONS: dict[int, FinishReason] = {
@@ -91,7 +82,7 @@ class EngineCore:
         self.jobs: dict[int, Job] = {}
         self._number_of: dict[str, int] = {}
         self._last_job = 0
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[Flight] = deque()
         self._last_slice = 0
         self._depth = 1
         self._fits = (0, 0)  # tokens and output tokens of a request that would
@@ -203,9 +194,9 @@ class EngineCore:
         while (planned := self._planner.plan(self._last_slice + 1, now_s)) is None:
             if not self._planner.break_stall():
                 return None
-        plan, rows, self._depth = planned
+        plan, flight, self._depth = planned
         self._last_slice = plan.number
-        self._in_flight.append(_InFlight(plan.number, rows, [row.steps for row in plan.rows]))
+        self._in_flight.append(flight)
         self.statistics_now.slices += 1
         self.statistics_now.prefill_tokens += plan.num_prefill_tokens
         return plan
@@ -261,11 +252,12 @@ class EngineCore:
 
     # Endings.
 
-    def _take_in(self, flight: _InFlight, result: SliceResult, now_s: float) -> int:
+    def _take_in(self, flight: Flight, result: SliceResult, now_s: float) -> int:
         """Tokens go to their sequences, then policies hear of them, then ends are ends. How many
         rows ended on the device."""
         tokens, codes, has_logprobs = result.tokens, result.codes, result.logprobs is not None
         ran: list[Ran] = []
+        num_made = 0
         ending: list[tuple[Sequence, int]] = []
         done, evicting, outbox = Phase.DONE, Phase.EVICTING, self._outbox
         rows = zip(flight.rows, flight.steps, tokens, codes, strict=True)
@@ -279,26 +271,22 @@ class EngineCore:
                 job, count = row.job, len(made)
                 row.made += made
                 row.length += count
+                num_made += count
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
                 if not ends:  # as `_emit`, without its cases
                     job.announced = True
                     request = job.request
+                    logprobs = _logprobs(row, made, result, place) if has_logprobs else ()
+                    size, cached = request.prompt.size, job.cached_tokens
                     outbox.append(
-                        Delta(
-                            request_id=request.request_id,
-                            sample=row.sample,
-                            tokens=made,
-                            logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
-                            prompt_tokens=request.prompt.size,
-                            cached_tokens=job.cached_tokens,
-                        )
+                        Delta(request.request_id, row.sample, made, size, cached, logprobs)
                     )
             if ends:
                 ending.append((row, place))
         if ran:
-            self.statistics_now.output_tokens += sum([count for _, _, count in ran])
+            self.statistics_now.output_tokens += num_made
             self.order.on(Enact(ran))
         for row, place in ending:
             self._leave_slice(row, tokens[place], result, place, now_s)
