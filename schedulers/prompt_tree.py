@@ -165,7 +165,8 @@ class PromptTree(ABC, Generic[SomeHome]):
 
     def on(self, change: Stored | Removed | Cleared) -> None:
         """Take note of a change of the cache."""
-        self._changes[type(change)](change)
+        if self._node_of:  # else there is nobody to whom it could matter
+            self._changes[type(change)](change)
 
     def _stored(self, change: Stored) -> None:
         keys, place = change.keys, 0

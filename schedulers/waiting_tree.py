@@ -94,13 +94,12 @@ class WaitingTree(PromptTree[_Home]):
         return super().match(rank) if single is None else single.num_cached
 
     def on(self, change: CacheChange) -> None:
-        self._put_in()
+        if self._singles:
+            self._put_in()
         super().on(change)
 
     def _put_in(self) -> None:
         """Those who were alone in their lanes join the tree, in the sequence in which they came."""
-        if not self._singles:
-            return
         singles, self._singles = self._singles, {}
         self._single_of.clear()
         for each in singles.values():
