@@ -43,11 +43,12 @@ class Agenda:
         assert self._now_s <= time_s, (self._now_s, time_s)
         self._now_s = time_s
 
-    def step(self) -> bool:
-        """Let the next thing happen; whether anything did, before the horizon."""
+    def run(self, most: int) -> int:
+        """Let things happen before the horizon, at most so many; how many did."""
         entries = self._entries
-        if not entries or entries[0][0] >= self.horizon_s:
-            return False
-        self._now_s, _, action, arguments = heapq.heappop(entries)
-        action(*arguments)
-        return True
+        for happened in range(most):
+            if not entries or entries[0][0] >= self.horizon_s:
+                return happened
+            self._now_s, _, action, arguments = heapq.heappop(entries)
+            action(*arguments)
+        return most
