@@ -7,7 +7,6 @@ is only how long it is, so its lease always covers the most it can have.
 """
 
 import heapq
-import operator
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
@@ -432,30 +431,31 @@ class EngineCore:
             raise DeadlinePassed(why)
 
     def _check_fits(self, request: Request, max_output: int) -> None:
-        size = (request.prompt.size, max_output)
-        single = request.params.n == 1
-        # For single samples rules are monotone: what is no larger in any way than something that
-        # fits fits too. Several share whole pages, so that a longer prompt may cost less.
-        if single and all(map(operator.le, size, self._fits)):
-            return
-        candidate = Candidate(
-            num_tokens=request.prompt.size,
-            cost_pages=self.pool.pages_for(request.prompt.size),
-            max_output=max_output,
-            num_samples=request.params.n,
-            client=request.client,
-        )
-        memory = self._admitter.memory(self.pool.num_pages, self.slicing.max_steps)
-        if not self.admission.admits(candidate, RunningRows(), memory):
-            got = f"{request.prompt.size} tokens, {request.params.n} x {max_output} to make"
-            tokens = self.pool.num_pages * self.pool.page_size
+        tokens, samples = request.prompt.size, request.params.n
+        if samples == 1:
+            # For single samples rules are monotone: what is no larger in any way than something
+            # that fits fits too. Several share whole pages: a longer prompt may cost less.
+            known_tokens, known_output = self._fits
+            if tokens <= known_tokens and max_output <= known_output:
+                return
+            both = max(tokens, known_tokens), max(max_output, known_output)
+            if self._pool_holds(*both):
+                self._fits = both
+                return
+        if not self._pool_holds(tokens, max_output, samples):
+            got = f"{tokens} tokens, {samples} x {max_output} to make"
+            capacity = self.pool.num_pages * self.pool.page_size
             allowed = (
-                f"what the KV pool of {tokens} tokens can hold under admission rule"
+                f"what the KV pool of {capacity} tokens can hold under admission rule"
                 f" {self.config.scheduler.admission!r}"
             )
             raise BadRequest("prompt and max_tokens", got, allowed)
-        if single and sum(size) > sum(self._fits):
-            self._fits = size
+
+    def _pool_holds(self, tokens: int, max_output: int, samples: int = 1) -> bool:
+        """Whether a request that has the pool to itself would be let in."""
+        candidate = Candidate(tokens, self.pool.pages_for(tokens), max_output, samples)
+        memory = self._admitter.memory(self.pool.num_pages, self.slicing.max_steps)
+        return self.admission.admits(candidate, RunningRows(), memory)
 
     def _check_queue(self, request: Request, now_s: float) -> None:
         scheduler, now = self.config.scheduler, self.statistics_now

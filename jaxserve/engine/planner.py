@@ -151,21 +151,19 @@ class Planner:
         remaining = rows.remaining
         if not remaining:
             remaining = [row.remaining for job in running for row in job.sequences]
+            remaining = remaining or [self._core.slicing.max_steps]
         waiting, budget = self._core.statistics_now, self._config.scheduler.max_prefill_tokens
         prompts = admissible = 0
+        backlog = False
         if rows.prefilling:
             prompts = sum([self._tiled(row.length - row.computed) for row in rows.prefilling])
-        backlog = False
         if waiting.waiting:
             backlog = waiting.waiting > self._admits.num_free_slots or self._admits.blocked
             admissible = self._admissible_tokens()
+        prefill_tokens = min(budget, prompts + waiting.waiting_tokens)
+        cut_prompts = prompts + admissible > budget
         return SlicingView(
-            now_s=now_s,
-            remaining=remaining or [self._core.slicing.max_steps],
-            context_tokens=rows.context_tokens,
-            prefill_tokens=min(budget, prompts + waiting.waiting_tokens),
-            backlog=backlog,
-            cut_prompts=prompts + admissible > budget,
+            now_s, remaining, rows.context_tokens, prefill_tokens, backlog, cut_prompts
         )
 
     def _tiled(self, num_tokens: int) -> int:
