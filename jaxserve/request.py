@@ -218,6 +218,8 @@ def check_sampling(params: SamplingParams) -> None:
 
 
 def _check_stops(params: SamplingParams, limits: Limits) -> None:
+    if not (params.stop or params.stop_token_ids or params.logit_bias):
+        return
     if len(params.stop) > MAX_STOP_STRINGS:
         raise BadRequest(
             "stop", f"{len(params.stop)} strings", f"at most {MAX_STOP_STRINGS} strings"

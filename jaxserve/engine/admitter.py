@@ -133,7 +133,7 @@ class Admitter:
         rows, pool = job.sequences, self._pool
         fresh = len(rows) > 1 and not any(row.made for row in rows) and job.request.prompt.size > 1
         leaders = [Sequence(job, -1, 0)] if fresh else rows
-        match = pool.tree.match(job.page_keys) if job.page_keys else None
+        match = self._core.prefixes.match(job)
         lengths = [row.length for row in leaders]
         candidate = Candidate(
             num_tokens=max(lengths),
@@ -149,8 +149,8 @@ class Admitter:
             return None
         left = 0
         for place, row in enumerate(leaders):
-            if place and match is not None:
-                match = pool.tree.match(job.page_keys)  # the lease before may have evicted
+            if place:
+                match = self._core.prefixes.match(job)  # the lease before may have evicted
             granted = pool.lease(row.length, match)
             if not isinstance(granted, Granted):
                 self._unseat(leaders)
