@@ -11,29 +11,57 @@ from itertools import pairwise
 from typing import Final
 
 INFINITY: Final = float("inf")
+_MOST_LOOSE: Final = 256
+"""Values that may wait until they are counted."""
 
 
 class Histogram:
     """How many values fell up to each of `bounds`, and their sum. One thread owns it.
 
     `bounds` grow strictly and are finite; values beyond the last are counted too. Raises ValueError
-    for other bounds.
+    for other bounds. An engine observes several values a slice, and somebody reads them once in
+    thousands: they are counted then, or when many wait.
     """
 
-    __slots__ = ("bounds", "counts", "sum")
+    __slots__ = ("_counts", "_loose", "_sum", "bounds")
 
     def __init__(self, bounds: Sequence[float | int]):
         self.bounds = tuple(map(float, bounds))
         grow = all(a < b for a, b in pairwise((-INFINITY, *self.bounds, INFINITY)))
         if not self.bounds or not grow:
             raise ValueError(f"bounds: got {self.bounds}; allowed: finite numbers that grow")
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
+        self._counts = [0] * (len(self.bounds) + 1)
+        self._sum = 0.0
+        self._loose: list[float | int] = []
 
     def observe(self, value: float | int, count: int = 1) -> None:
         """Take in `count` values that are all `value`."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.sum += value * count
+        if count != 1:
+            self._settle()  # sums are added up in sequence
+            self._counts[bisect_left(self.bounds, value)] += count
+            self._sum += value * count
+            return
+        self._loose.append(value)
+        if len(self._loose) >= _MOST_LOOSE:
+            self._settle()
+
+    def _settle(self) -> None:
+        counts, bounds = self._counts, self.bounds
+        for value in self._loose:
+            counts[bisect_left(bounds, value)] += 1
+            self._sum += value
+        self._loose.clear()
+
+    @property
+    def counts(self) -> list[int]:
+        """Values between each bound and the one before it, and beyond the last."""
+        self._settle()
+        return self._counts
+
+    @property
+    def sum(self) -> float:
+        self._settle()
+        return self._sum
 
     @property
     def count(self) -> int:
@@ -51,7 +79,8 @@ class Histogram:
     def copy(self) -> "Histogram":
         """One that no longer changes with this one."""
         other = Histogram.__new__(Histogram)
-        other.bounds, other.counts, other.sum = self.bounds, self.counts.copy(), self.sum
+        other.bounds, other._counts, other._sum = self.bounds, self.counts.copy(), self.sum
+        other._loose = []
         return other
 
     def flat(self, name: str) -> dict[str, float]:
@@ -74,9 +103,9 @@ class Histogram:
         histogram = cls(sorted(totals)[:-1])
         before = 0
         for place, bound in enumerate((*histogram.bounds, INFINITY)):
-            histogram.counts[place] = int(totals[bound]) - before
+            histogram._counts[place] = int(totals[bound]) - before
             before = int(totals[bound])
-        histogram.sum = values[f"{name}_sum"]
+        histogram._sum = values[f"{name}_sum"]
         return histogram
 
 

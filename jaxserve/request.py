@@ -117,7 +117,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Delta:
     """What one slice added to one sample of a request. `finish` is set on a sample's last delta.
     Never changed once made; not frozen, which takes three times as long.
@@ -130,11 +130,11 @@ class Delta:
     request_id: str
     sample: int
     tokens: Sequence[int]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
     stop_match: int | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     message: str = ""
 
@@ -218,6 +218,8 @@ def check_sampling(params: SamplingParams) -> None:
 
 
 def _check_stops(params: SamplingParams, limits: Limits) -> None:
+    if not (params.stop or params.stop_token_ids or params.logit_bias):
+        return
     if len(params.stop) > MAX_STOP_STRINGS:
         raise BadRequest(
             "stop", f"{len(params.stop)} strings", f"at most {MAX_STOP_STRINGS} strings"

@@ -19,7 +19,8 @@ class Running:
     """A running row: tokens it holds, pages it leases, output tokens it may still make and has
     made (`made` of those it holds), and whose request it is of.
 
-    Never changed once made; not frozen, which takes three times as long.
+    What it holds beyond its pages fits on one more. Never changed once made; not frozen, which
+    takes three times as long.
     """
 
     held: int
@@ -67,29 +68,43 @@ class RunningRows(Sequence[Running]):
     """
 
     def __init__(self, rows: Iterable[Running] = ()):
-        self._rows = list(rows)
+        self._read = list(rows)
+        self._unread: list[Iterable[Running]] = []
+        self._num_unread = 0
         self._totals: dict[Hashable, tuple[int, int]] = {}  # rows counted, and their sum
         self._peaks: dict[Hashable, tuple[int, PeakMemory]] = {}
 
-    def extend(self, rows: Iterable[Running]) -> None:
-        self._rows.extend(rows)
+    def extend(self, rows: Iterable[Running], num_rows: int) -> None:
+        """Add `num_rows` rows, which are gone through only when a rule asks for them."""
+        self._unread.append(rows)
+        self._num_unread += num_rows
+
+    @property
+    def _rows(self) -> list[Running]:
+        for rows in self._unread:
+            self._read += rows
+        self._unread.clear()
+        self._num_unread = 0
+        return self._read
 
     def total(self, what: Hashable, of: Callable[[Running], int]) -> int:
         """The sum of `of` over the rows; `what` names it, with all that it depends on."""
+        rows = self._rows
         counted, total = self._totals.get(what, (0, 0))
-        total += sum([of(row) for row in self._rows[counted:]])
-        self._totals[what] = len(self._rows), total
+        total += sum([of(row) for row in rows[counted:]])
+        self._totals[what] = len(rows), total
         return total
 
     def peak(
         self, what: Hashable, remaining: Callable[[Running], int], *, page_size: int
     ) -> PeakMemory:
         """The most memory of the rows, each making `remaining` more tokens; `what` as above."""
+        rows = self._rows
         counted, peak = self._peaks.get(what) or (0, PeakMemory(page_size))
-        new = self._rows[counted:]
+        new = rows[counted:]
         if new:
             peak.join([row.held for row in new], [remaining(row) for row in new])
-        self._peaks[what] = len(self._rows), peak
+        self._peaks[what] = len(rows), peak
         return peak
 
     @overload
@@ -102,7 +117,7 @@ class RunningRows(Sequence[Running]):
         return self._rows[place]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._read) + self._num_unread
 
 
 @runtime_checkable
@@ -172,11 +187,14 @@ class SliceLease(BaseAdmission):
 
     def admits(self, candidate: Candidate, running: RunningRows, memory: Memory) -> bool:
         ahead = 2 * memory.slice_steps
+        need = candidate.cost_pages + _sample_growth(candidate, ahead, memory)
+        room = memory.available_pages - memory.watermark_pages - need
+        if len(running) * (memory.pages(ahead) + 1) <= room:  # mostly: enough for any rows
+            return True
         growth = running.total(
             ("ahead", ahead, memory.page_size), lambda row: _growth_pages(row, ahead, memory)
         )
-        need = candidate.cost_pages + _sample_growth(candidate, ahead, memory)
-        return need + growth + memory.watermark_pages <= memory.available_pages
+        return growth <= room
 
 
 class ReserveMax(BaseAdmission):

@@ -225,13 +225,14 @@ class PrefixTree:
             return guess
         return bisect_left(keys, True, key=lambda key: key not in nodes)
 
-    def match(self, keys: Sequence[bytes]) -> Match:
-        """The longest cached prefix of the chain `keys`. Changes nothing, not even recency.
+    def match(self, keys: Sequence[bytes], *, guess: int = 0) -> Match:
+        """The longest cached prefix of the chain `keys`, found at once where it has `guess` pages.
+        Changes nothing, not even recency.
 
         A prompt has to run its last token again even when all of it is cached, and a shared page
         is never written: pass `keys[: (num_prompt_tokens - 1) // page_size]`.
         """
-        num_pages = self.num_matched(keys)
+        num_pages = self.num_matched(keys, guess=guess)
         nodes = self._nodes
         pages = tuple([nodes[key].page for key in keys[:num_pages]])
         return Match(pages, len(keys), nodes[keys[num_pages - 1]] if num_pages else None)

@@ -85,11 +85,12 @@ class PromptTree(ABC, Generic[SomeHome]):
         self._num_grown = 0
         self._root: Final = Node(None, (), 0, 0)
         self._root.home = self._make_home(self._root, None)
-        self.takes: Final[Takes] = {
+        self._changes: Final[Takes] = {
             Stored: self._stored,
             Removed: self._removed,
             Cleared: self._cleared,
         }
+        self.takes: Final[Takes] = dict.fromkeys(self._changes, self.on)
 
     # What a subclass keeps.
 
@@ -164,7 +165,8 @@ class PromptTree(ABC, Generic[SomeHome]):
 
     def on(self, change: Stored | Removed | Cleared) -> None:
         """Take note of a change of the cache."""
-        self.takes[type(change)](change)
+        if self._node_of:  # else there is nobody to whom it could matter
+            self._changes[type(change)](change)
 
     def _stored(self, change: Stored) -> None:
         keys, place = change.keys, 0

@@ -153,16 +153,19 @@ class ServiceMeter:
         if not stays:
             return ServiceWindow(0, 0.0, 0.0, self._bound(1.0), None)
         newest = stays[-1]
+        seconds = self._now_s - newest.since_s
         clients = [stay.client for stay in stays]
+        if len(clients) == 1:
+            return ServiceWindow(1, seconds, 0.0, self._bound(clients[0].weight), None)
         served = [
             (self._served(client) - newest.at[client.name]) / client.weight for client in clients
         ]
         return ServiceWindow(
             clients=len(stays),
-            seconds=self._now_s - newest.since_s,
+            seconds=seconds,
             gap=max(served) - min(served),
             bound=self._bound(min(client.weight for client in clients)),
-            jain=jain(served) if len(served) > 1 else None,
+            jain=jain(served),
         )
 
     def values(self) -> Mapping[str, float]:
@@ -290,8 +293,10 @@ class ServiceMeter:
         client.waiting += 1
         if client.name in self._stays or len(self._stays) >= MOST_COMPARED:
             return
-        at = {name: self._served(stay.client) for name, stay in self._stays.items()}
-        at[client.name] = self._served(client)
+        at: dict[str, float] = {}
+        if self._stays:  # who is the first to wait is compared with nobody
+            at = {name: self._served(stay.client) for name, stay in self._stays.items()}
+            at[client.name] = self._served(client)
         self._stays[client.name] = _Stay(client, self._now_s, at)
 
     def _leave(self, client: _Client) -> None:

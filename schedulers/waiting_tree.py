@@ -4,12 +4,18 @@ Requests wait in *lanes*, one per client for orders that ask client by client. E
 of prompts keeps those who live in it, lane by lane, sorted by rank; and a lane's homes are sorted
 by what the rule makes of their match and their least rank. Homes whose match has changed are sorted
 in anew when somebody asks: by then the prefix may be back. Knows ranks. Knows no policy.
+
+Most requests of a server that keeps up are let in at once. So who comes to an empty lane stays out
+of the tree: it stands first wherever its prompt would hang. It is put in when another one comes to
+its lane, when the cache changes, or when somebody asks for a whole lane.
 """
 
 import heapq
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .events import CacheChange
 from .prompt_tree import Home, Node, PromptTree, Rank, way_up
 from .ranking import Ranking
 
@@ -41,6 +47,16 @@ class _Home(Home):
         self.lanes: dict[str, _Lane] = {}
 
 
+@dataclass(slots=True)
+class _Single:
+    """A request that is alone in its lane, and not in the tree: what `add` was told of it."""
+
+    rank: Rank
+    keys: Sequence[bytes]
+    num_cached: int
+    lane: str
+
+
 class WaitingTree(PromptTree[_Home]):
     """A tree of waiting prompts that knows who stands first, and in what sequence the others do."""
 
@@ -49,10 +65,53 @@ class WaitingTree(PromptTree[_Home]):
         self._homes: dict[str, Ranking[tuple[Any, ...], _Home]] = {}  # by lane
         self._sorted_by: dict[_Home, int] = {}  # the match, of homes that may have another now
         self._changed: dict[str, None] = {}  # lanes, since somebody asked
+        self._singles: dict[Rank, _Single] = {}
+        self._single_of: dict[str, _Single] = {}  # by lane
         super().__init__()
+
+    # Requests.
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self._singles)
+
+    def add(self, rank: Rank, keys: Sequence[bytes], num_cached: int, *, lane: str = "") -> None:
+        if lane in self._single_of or lane in self._homes:
+            self._put_in()
+            super().add(rank, keys, num_cached, lane=lane)
+        else:
+            single = _Single(rank, keys, num_cached, lane)
+            self._singles[rank] = self._single_of[lane] = single
+
+    def remove(self, rank: Rank) -> None:
+        single = self._singles.pop(rank, None)
+        if single is None:
+            super().remove(rank)
+        else:
+            del self._single_of[single.lane]
+
+    def match(self, rank: Rank) -> int:
+        single = self._singles.get(rank)
+        return super().match(rank) if single is None else single.num_cached
+
+    def on(self, change: CacheChange) -> None:
+        if self._singles:
+            self._put_in()
+        super().on(change)
+
+    def _put_in(self) -> None:
+        """Those who were alone in their lanes join the tree, in the sequence in which they came."""
+        singles, self._singles = self._singles, {}
+        self._single_of.clear()
+        for each in singles.values():
+            super().add(each.rank, each.keys, each.num_cached, lane=each.lane)
+
+    # The sequence.
 
     def first(self, lane: str = "") -> Rank | None:
         """Who stands first in a lane."""
+        single = self._single_of.get(lane)
+        if single is not None:
+            return single.rank
         if self._sorted_by:
             self._sort_anew()
         homes = self._homes.get(lane)
@@ -60,6 +119,9 @@ class WaitingTree(PromptTree[_Home]):
 
     def first_key(self, lane: str) -> tuple[Any, ...]:
         """How the first one stands in a lane where somebody waits."""
+        single = self._single_of.get(lane)
+        if single is not None:
+            return self._group_key(single.num_cached, single.rank)
         if self._sorted_by:
             self._sort_anew()
         return self._homes[lane].least()
@@ -69,6 +131,7 @@ class WaitingTree(PromptTree[_Home]):
 
         Such a node is made a home, so that from then on it is passed in one step.
         """
+        self._put_in()
         self._sort_anew()
         homes = self._homes.get(lane, Ranking())
         for key in homes.ascending():
@@ -93,6 +156,7 @@ class WaitingTree(PromptTree[_Home]):
 
     def ranks(self, lane: str = "") -> Iterator[Rank]:
         """A lane, the first one first. A change ends the iteration: ask anew."""
+        self._put_in()
         self._sort_anew()
         homes = self._homes.get(lane, Ranking())
         keys = homes.ascending()

@@ -6,6 +6,7 @@ slice is for the planner.
 """
 
 import heapq
+from itertools import chain, repeat
 from typing import Protocol, runtime_checkable
 
 from jaxserve.engine.core_config import CoreConfig
@@ -73,46 +74,37 @@ class Admitter:
             slice_steps=slice_steps,
         )
 
-    def running_rows(self) -> RunningRows:
+    def running_rows(self, running: list[Job]) -> RunningRows:
         """Every row that holds a lease, or will share its parent's, as admission rules see it."""
-        jobs = self._core.jobs
-        running = [jobs[number] for number in self._core.order.running()]
-        rows = RunningRows(
-            [
-                _as_running(row, job, len(row.lease.pages))
-                for job in running
-                for row in job.sequences
-                if row.lease is not None
-            ]
-        )
+        leased = [row for job in running for row in job.sequences if row.lease is not None]
+        rows = RunningRows()
+        rows.extend(map(_as_running, leased), len(leased))
         for job in running:
             if job.parent is not None:
-                rows.extend(self._unforked(job))
+                self._add_unforked(rows, job)
         return rows
 
-    def _unforked(self, job: Job) -> list[Running]:
+    def _add_unforked(self, rows: RunningRows, job: Job) -> None:
         """Samples that hold their prompt together: the first all of the parent's lease, the others,
         which run the prompt's last token on a page of their own, its whole pages."""
         assert job.parent is not None
         if job.parent.lease is None:
-            return []
+            return
         first = len(job.parent.lease.pages)
         others = min(first, (job.request.prompt.size - 1) // self._pool.page_size)
-        return [
-            _as_running(row, job, others if place else first)
-            for place, row in enumerate(job.sequences)
-        ]
+        pages = chain([first], repeat(others))
+        rows.extend(map(_as_running, job.sequences, pages), len(job.sequences))
 
-    def admit(self, steps: int, *, budget: int, now_s: float) -> bool:
+    def admit(self, running: list[Job], steps: int, *, budget: int, now_s: float) -> list[Job]:
         """Seat whom the order names until it names nobody beside those that do not fit, or
-        `budget` prompt tokens are given out. Whether anybody was."""
+        `budget` prompt tokens are given out; `running` run already. Who was."""
         self.blocked = False
+        admitted: list[Job] = []
         if not self._core.statistics_now.waiting:  # what most slices find: spare the order
-            return False
+            return admitted
         order, jobs, tile = self._core.order, self._core.jobs, self._config.tile
-        running: RunningRows | None = None
+        rows: RunningRows | None = None
         misfits: set[int] = set()
-        anybody = False
         while budget > 0 and self._free_slots:
             number = order.next()
             if number is None or number in misfits:
@@ -120,10 +112,10 @@ class Admitter:
             job = jobs[number]
             size: int | None = None
             if len(job.sequences) <= len(self._free_slots):
-                if running is None:
-                    running = self.running_rows()
-                size = self._try_admit(job, running, steps)
-                if size is None and not running and not self._core.num_in_flight:
+                if rows is None:
+                    rows = self.running_rows(running)
+                size = self._try_admit(job, rows, steps)
+                if size is None and not rows and not self._core.num_in_flight:
                     self._core.outgrown(job)  # since a preemption longer than what was checked
                     continue
                 self.blocked = self.blocked or size is None
@@ -132,16 +124,16 @@ class Admitter:
                 order.on(Misfit(number))
                 continue
             budget -= max(size, tile)
-            anybody = True
+            admitted.append(job)
             self._note_admission(job, now_s)
-        return anybody
+        return admitted
 
     def _try_admit(self, job: Job, running: RunningRows, steps: int) -> int | None:
         """Lease and seat a job: prompt tokens left to run, or None when it does not fit."""
         rows, pool = job.sequences, self._pool
         fresh = len(rows) > 1 and not any(row.made for row in rows) and job.request.prompt.size > 1
         leaders = [Sequence(job, -1, 0)] if fresh else rows
-        match = pool.tree.match(job.page_keys) if job.page_keys else None
+        match = self._core.prefixes.match(job)
         lengths = [row.length for row in leaders]
         candidate = Candidate(
             num_tokens=max(lengths),
@@ -157,8 +149,8 @@ class Admitter:
             return None
         left = 0
         for place, row in enumerate(leaders):
-            if place and match is not None:
-                match = pool.tree.match(job.page_keys)  # the lease before may have evicted
+            if place:
+                match = self._core.prefixes.match(job)  # the lease before may have evicted
             granted = pool.lease(row.length, match)
             if not isinstance(granted, Granted):
                 self._unseat(leaders)
@@ -170,11 +162,9 @@ class Admitter:
             left += len(rows) - 1  # each sample runs the prompt's last token for itself
         self._seat(job, leaders, fresh, left)
         if job.parent is not None:
-            running.extend(self._unforked(job))
+            self._add_unforked(running, job)
         else:
-            running.extend(
-                [_as_running(row, job, len(row.lease.pages)) for row in rows if row.lease]
-            )
+            running.extend(map(_as_running, rows), len(rows))
         return left
 
     def _unseat(self, rows: list[Sequence]) -> None:
@@ -210,8 +200,12 @@ class Admitter:
         self._admitted_per_s = 0.9 * self._admitted_per_s + 0.1 / gap
 
 
-def _as_running(row: Sequence, job: Job, leased_pages: int) -> Running:
+def _as_running(row: Sequence, leased_pages: int | None = None) -> Running:
+    """`leased_pages`: where they are not those of its lease."""
+    if leased_pages is None:
+        assert row.lease is not None
+        leased_pages = len(row.lease.pages)
     known, ahead = row.length + row.ahead, row.ahead
     return Running(
-        known, leased_pages, row.max_length - known, len(row.made) + ahead, job.request.client
+        known, leased_pages, row.max_length - known, len(row.made) + ahead, row.job.request.client
     )

@@ -7,7 +7,6 @@ is only how long it is, so its lease always covers the most it can have.
 """
 
 import heapq
-import operator
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from jaxserve.engine.admitter import Admitter
 from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.plan import Code, SlicePlan, SliceResult
-from jaxserve.engine.planner import Planner
+from jaxserve.engine.planner import Flight, Planner
 from jaxserve.engine.prefixes import OutputKeys, Prefixes
 from jaxserve.engine.sequence import Job, Phase, Sequence
 from jaxserve.engine.statistics import Compiles, EngineStatistics
@@ -43,15 +42,6 @@ class Rejection:
 
     request_id: str
     error: JaxserveError
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A dispatched slice: the sequences in its rows, and the steps each was given."""
-
-    number: int
-    rows: list[Sequence]
-    steps: list[int]
 
 
 _REASONS: dict[int, FinishReason] = {
@@ -93,7 +83,7 @@ class EngineCore:
         self.jobs: dict[int, Job] = {}
         self._number_of: dict[str, int] = {}
         self._last_job = 0
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[Flight] = deque()
         self._last_slice = 0
         self._depth = 1
         self._fits = (0, 0)  # tokens and output tokens of a request that would
@@ -205,9 +195,9 @@ class EngineCore:
         while (planned := self._planner.plan(self._last_slice + 1, now_s)) is None:
             if not self._planner.break_stall():
                 return None
-        plan, rows, self._depth = planned
+        plan, flight, self._depth = planned
         self._last_slice = plan.number
-        self._in_flight.append(_InFlight(plan.number, rows, [row.steps for row in plan.rows]))
+        self._in_flight.append(flight)
         self.statistics_now.slices += 1
         self.statistics_now.prefill_tokens += plan.num_prefill_tokens
         return plan
@@ -263,11 +253,12 @@ class EngineCore:
 
     # Endings.
 
-    def _take_in(self, flight: _InFlight, result: SliceResult, now_s: float) -> int:
+    def _take_in(self, flight: Flight, result: SliceResult, now_s: float) -> int:
         """Tokens go to their sequences, then policies hear of them, then ends are ends. How many
         rows ended on the device."""
         tokens, codes, has_logprobs = result.tokens, result.codes, result.logprobs is not None
         ran: list[Ran] = []
+        num_made = 0
         ending: list[tuple[Sequence, int]] = []
         done, evicting, outbox = Phase.DONE, Phase.EVICTING, self._outbox
         rows = zip(flight.rows, flight.steps, tokens, codes, strict=True)
@@ -281,26 +272,22 @@ class EngineCore:
                 job, count = row.job, len(made)
                 row.made += made
                 row.length += count
+                num_made += count
                 ran.append((job.number, 0, count))
                 if job.first_token_s is None:
                     self._note_first_token(job, now_s)
                 if not ends:  # as `_emit`, without its cases
                     job.announced = True
                     request = job.request
+                    logprobs = _logprobs(row, made, result, place) if has_logprobs else ()
+                    size, cached = request.prompt.size, job.cached_tokens
                     outbox.append(
-                        Delta(
-                            request_id=request.request_id,
-                            sample=row.sample,
-                            tokens=made,
-                            logprobs=_logprobs(row, made, result, place) if has_logprobs else (),
-                            prompt_tokens=request.prompt.size,
-                            cached_tokens=job.cached_tokens,
-                        )
+                        Delta(request.request_id, row.sample, made, size, cached, logprobs)
                     )
             if ends:
                 ending.append((row, place))
         if ran:
-            self.statistics_now.output_tokens += sum([count for _, _, count in ran])
+            self.statistics_now.output_tokens += num_made
             self.order.on(Enact(ran))
         for row, place in ending:
             self._leave_slice(row, tokens[place], result, place, now_s)
@@ -375,7 +362,8 @@ class EngineCore:
             sequence.phase = Phase.EVICTING
             if sequence.last_slice not in flying:
                 self._evict(sequence)
-        self.admission.retracted(self._admitter.running_rows())
+        running = [self.jobs[number] for number in self.order.running()]
+        self.admission.retracted(self._admitter.running_rows(running))
 
     def _evict(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -445,30 +433,31 @@ class EngineCore:
             raise DeadlinePassed(why)
 
     def _check_fits(self, request: Request, max_output: int) -> None:
-        size = (request.prompt.size, max_output)
-        single = request.params.n == 1
-        # For single samples rules are monotone: what is no larger in any way than something that
-        # fits fits too. Several share whole pages, so that a longer prompt may cost less.
-        if single and all(map(operator.le, size, self._fits)):
-            return
-        candidate = Candidate(
-            num_tokens=request.prompt.size,
-            cost_pages=self.pool.pages_for(request.prompt.size),
-            max_output=max_output,
-            num_samples=request.params.n,
-            client=request.client,
-        )
-        memory = self._admitter.memory(self.pool.num_pages, self.slicing.max_steps)
-        if not self.admission.admits(candidate, RunningRows(), memory):
-            got = f"{request.prompt.size} tokens, {request.params.n} x {max_output} to make"
-            tokens = self.pool.num_pages * self.pool.page_size
+        tokens, samples = request.prompt.size, request.params.n
+        if samples == 1:
+            # For single samples rules are monotone: what is no larger in any way than something
+            # that fits fits too. Several share whole pages: a longer prompt may cost less.
+            known_tokens, known_output = self._fits
+            if tokens <= known_tokens and max_output <= known_output:
+                return
+            both = max(tokens, known_tokens), max(max_output, known_output)
+            if self._pool_holds(*both):
+                self._fits = both
+                return
+        if not self._pool_holds(tokens, max_output, samples):
+            got = f"{tokens} tokens, {samples} x {max_output} to make"
+            capacity = self.pool.num_pages * self.pool.page_size
             allowed = (
-                f"what the KV pool of {tokens} tokens can hold under admission rule"
+                f"what the KV pool of {capacity} tokens can hold under admission rule"
                 f" {self.config.scheduler.admission!r}"
             )
             raise BadRequest("prompt and max_tokens", got, allowed)
-        if single and sum(size) > sum(self._fits):
-            self._fits = size
+
+    def _pool_holds(self, tokens: int, max_output: int, samples: int = 1) -> bool:
+        """Whether a request that has the pool to itself would be let in."""
+        candidate = Candidate(tokens, self.pool.pages_for(tokens), max_output, samples)
+        memory = self._admitter.memory(self.pool.num_pages, self.slicing.max_steps)
+        return self.admission.admits(candidate, RunningRows(), memory)
 
     def _check_queue(self, request: Request, now_s: float) -> None:
         scheduler, now = self.config.scheduler, self.statistics_now

@@ -104,7 +104,7 @@ class SliceResult:
     tokens: list[list[int]]
     codes: list[int]
     slice_s: float
-    host_s: float = 0.0
     rows_run: int = 0
     prefill_run: int = 0
+    host_s: float = 0.0
     logprobs: SliceLogprobs | None = field(default=None)

@@ -9,6 +9,7 @@ may idle: loops over rows touch plain attributes, and go into the details for th
 need them.
 """
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxserve.engine import admitter
@@ -20,7 +21,29 @@ from jaxserve.schedulers.pages import Forked, Granted, OutOfPages
 from jaxserve.schedulers.slicing import SliceLength, Slicing, SlicingView
 from jaxserve.schedulers.victims import Runner, VictimKey
 
-Planned = tuple[SlicePlan, list[Sequence], int]
+
+@dataclass(slots=True)
+class Flight:
+    """A dispatched slice: the sequences in its rows, and the steps each was given."""
+
+    number: int
+    rows: list[Sequence]
+    steps: list[int]
+
+
+Planned = tuple[SlicePlan, Flight, int]
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Of those who run: rows that may still add a token, so not those certain to end in a slice in
+    flight, with the most that each may add and the tokens they have together; and rows whose prompt
+    is not dispatched to its end, where several samples prefill as one."""
+
+    decoding: list[Sequence]
+    prefilling: list[Sequence]
+    remaining: list[int]
+    context_tokens: int
 
 
 @runtime_checkable
@@ -46,27 +69,37 @@ class Planner:
         self._number = 0
 
     def plan(self, number: int, now_s: float) -> Planned | None:
-        """The next slice, its rows' sequences, and how many slices may be in flight."""
+        """The next slice, what the core keeps of it, and how many slices may be in flight."""
         self._rows, self._sequences, self._number = [], [], number
         self._core.order.on(Tick(now_s, self._pool.num_available / self._pool.num_pages))
         running = self._running()
         copies = self._fork_parents(running)
-        decoding, prefilling = self._rows_of(running)
-        length = self._core.slicing.choose(self._view(now_s, running, decoding, prefilling))
-        self._plan_decode(decoding, length.steps)
+        rows = self._rows_of(running)
+        prefilling = rows.prefilling
+        length = self._core.slicing.choose(self._view(now_s, running, rows))
+        self._plan_decode(rows.decoding, length.steps)
         if self._core.slicing.admits_while_running or not self._anyone_runs():
-            queued = sum([row.length - row.computed for row in prefilling if _prefills(row)])
-            budget = self._config.scheduler.max_prefill_tokens - queued
-            if self._admits.admit(length.steps, budget=budget, now_s=now_s):
-                _, prefilling = self._rows_of(self._running())
+            budget = self._config.scheduler.max_prefill_tokens
+            if prefilling:
+                budget -= sum([row.length - row.computed for row in prefilling if _prefills(row)])
+            admitted = self._admits.admit(running, length.steps, budget=budget, now_s=now_s)
+            if admitted:
+                # The order says who prefills first: mostly there is one, and nothing to ask.
+                alone = len(admitted) == 1 and not prefilling
+                prefilling = self._rows_of(admitted if alone else self._running()).prefilling
         if prefilling:
             self._plan_prefill(prefilling, length.steps)
         if not self._rows:
             return None
-        steps = max(1, max([row.steps for row in self._rows]))
-        quorum = min(length.quorum, len(self._rows))
-        plan = SlicePlan(number, steps, quorum, tuple(self._rows), tuple(copies))
-        return plan, self._sequences, self._bounded_depth(length)
+        given = [row.steps for row in self._rows]
+        plan = SlicePlan(
+            number,
+            max(1, max(given)),
+            min(length.quorum, len(given)),
+            tuple(self._rows),
+            tuple(copies),
+        )
+        return plan, Flight(number, self._sequences, given), self._bounded_depth(length)
 
     def break_stall(self) -> bool:
         """Nobody could get a page, and none will come back: the last in the order gives way."""
@@ -92,42 +125,45 @@ class Planner:
         rows = (row for job in self._running() for row in job.sequences)
         return any(row.phase in (Phase.DECODE, Phase.PREFILL) for row in rows)
 
-    def _rows_of(self, running: list[Job]) -> tuple[list[Sequence], list[Sequence]]:
-        """Rows that may still add a token, so not those certain to end in a slice in flight; and
-        rows whose prompt is not dispatched to its end, where several samples prefill as one."""
+    def _rows_of(self, running: list[Job]) -> _Rows:
         decode, prefill = Phase.DECODE, Phase.PREFILL
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
+        remaining: list[int] = []
+        context_tokens = 0
         for job in running:
             parent = job.parent
             for row in job.sequences:
                 phase = row.phase
                 if phase is decode:
-                    if row.max_length - row.length > row.ahead:
+                    known = row.length + row.ahead
+                    if known < row.max_length:
                         decoding.append(row)
+                        remaining.append(row.max_length - known)
+                        context_tokens += known
                 elif phase is prefill and parent is None:
                     prefilling.append(row)
             if parent is not None and parent.phase is prefill:
                 prefilling.append(parent)
-        return decoding, prefilling
+        return _Rows(decoding, prefilling, remaining, context_tokens)
 
-    def _view(
-        self, now_s: float, running: list[Job], rows: list[Sequence], prefilling: list[Sequence]
-    ) -> SlicingView:
-        waiting, budget = self._core.statistics_now, self._config.scheduler.max_prefill_tokens
-        prompts = sum([self._tiled(row.length - row.computed) for row in prefilling])
-        full = waiting.waiting > self._admits.num_free_slots or self._admits.blocked
-        remaining = [row.max_length - row.length - row.ahead for row in rows]
-        if not rows:
+    def _view(self, now_s: float, running: list[Job], rows: _Rows) -> SlicingView:
+        remaining = rows.remaining
+        if not remaining:
             remaining = [row.remaining for job in running for row in job.sequences]
-        admissible = self._admissible_tokens() if waiting.waiting else 0
+            remaining = remaining or [self._core.slicing.max_steps]
+        waiting, budget = self._core.statistics_now, self._config.scheduler.max_prefill_tokens
+        prompts = admissible = 0
+        backlog = False
+        if rows.prefilling:
+            prompts = sum([self._tiled(row.length - row.computed) for row in rows.prefilling])
+        if waiting.waiting:
+            backlog = waiting.waiting > self._admits.num_free_slots or self._admits.blocked
+            admissible = self._admissible_tokens()
+        prefill_tokens = min(budget, prompts + waiting.waiting_tokens)
+        cut_prompts = prompts + admissible > budget
         return SlicingView(
-            now_s=now_s,
-            remaining=remaining or [self._core.slicing.max_steps],
-            context_tokens=sum([row.length + row.ahead for row in rows]),
-            prefill_tokens=min(budget, prompts + waiting.waiting_tokens),
-            backlog=full and waiting.waiting > 0,
-            cut_prompts=prompts + admissible > budget,
+            now_s, remaining, rows.context_tokens, prefill_tokens, backlog, cut_prompts
         )
 
     def _tiled(self, num_tokens: int) -> int:

@@ -9,7 +9,7 @@ from jaxserve.engine.core_config import CoreConfig
 from jaxserve.engine.sequence import Job, Sequence
 from jaxserve.request import Request
 from jaxserve.schedulers.pages import PagePool
-from jaxserve.schedulers.prefix_tree import NO_PARENT, page_keys
+from jaxserve.schedulers.prefix_tree import NO_PARENT, Match, page_keys
 
 OutputKeys = Callable[[Sequence, range], list[bytes]]
 """Keys of a row's pages at these places, all behind those that its request came with."""
@@ -31,7 +31,14 @@ class Prefixes:
 
     def num_cached(self, job: Job) -> int:
         """How many of a job's pages are cached."""
-        return self._pool.tree.num_matched(job.page_keys)
+        job.num_cached = self._pool.tree.num_matched(job.page_keys, guess=job.num_cached)
+        return job.num_cached
+
+    def match(self, job: Job) -> Match | None:
+        """The pages of a job that are cached; None where nothing is shared."""
+        if not job.page_keys:
+            return None
+        return self._pool.tree.match(job.page_keys, guess=job.num_cached)
 
     def share_prompt(self, row: Sequence) -> None:
         """The row's prompt is dispatched: whoever is dispatched later may read its pages."""

@@ -67,7 +67,8 @@ class Sequence:
 class Job:
     """An accepted request. `sequences` are its unfinished samples, also while it waits.
 
-    `page_keys` name the pages that its prompt could find cached. `parent` prefills the shared
+    `page_keys` name the pages that its prompt could find cached; `num_cached` of them were when
+    somebody last looked. `parent` prefills the shared
     prompt of several samples, in the slot of the first; they fork from its lease. `announced` means
     that a token of it was delivered. Times are the core's: of its arrival, of the first slice
     planned for it, and of its first token.
@@ -78,6 +79,7 @@ class Job:
     max_output: int
     arrived_s: float
     page_keys: tuple[bytes, ...] = ()
+    num_cached: int = 0
     admitted_s: float | None = None
     first_token_s: float | None = None
     sequences: list[Sequence] = field(default_factory=list)

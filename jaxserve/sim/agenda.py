@@ -29,8 +29,10 @@ class Agenda:
         heapq.heappush(self._entries, (time_s, next(self._count), action, arguments))
 
     def reaches(self, time_s: float) -> bool:
-        """Whether nothing else happens up to a time that is not past; then it is that time now, and
+        """Whether it is that time, or nothing else happens up to it; then it is that time now, and
         who asked may go on at once."""
+        if time_s <= self._now_s:
+            return True
         if time_s >= self.horizon_s or (self._entries and self._entries[0][0] <= time_s):
             return False
         self._now_s = time_s
@@ -41,11 +43,12 @@ class Agenda:
         assert self._now_s <= time_s, (self._now_s, time_s)
         self._now_s = time_s
 
-    def step(self) -> bool:
-        """Let the next thing happen; whether anything did, before the horizon."""
+    def run(self, most: int) -> int:
+        """Let things happen before the horizon, at most so many; how many did."""
         entries = self._entries
-        if not entries or entries[0][0] >= self.horizon_s:
-            return False
-        self._now_s, _, action, arguments = heapq.heappop(entries)
-        action(*arguments)
-        return True
+        for happened in range(most):
+            if not entries or entries[0][0] >= self.horizon_s:
+                return happened
+            self._now_s, _, action, arguments = heapq.heappop(entries)
+            action(*arguments)
+        return most

@@ -80,10 +80,10 @@ class FleetSimulation:
         self._make_core, self._device = make_core, device
         self._page_keys, self._config = page_keys, config
         self.agenda = Agenda()
-        self._note_due()
         self._outputs = Outputs()
         self._live: dict[str, _Live] = {}
         self._held: deque[_Live] = deque()  # while no replica is left
+        self._note_due()
         self._replicas = [_Replica(index) for index in range(config.replicas)]
         self._blank = np.zeros(device.max_context, np.int32)  # what prompts say is in their keys
         self._rng = np.random.default_rng(config.seed)
@@ -116,23 +116,28 @@ class FleetSimulation:
     def step(self, most: int = 10_000) -> bool:
         """At most so many events; whether there is more to do."""
         agenda, feed = self.agenda, self._feed
-        for _ in range(most):
-            if not self._live and not self._held and feed.finished:
-                return False
-            if agenda.step():
+        while most > 0 and not self._is_over:
+            happened = agenda.run(most)
+            most -= happened
+            if happened:
                 continue
             if agenda.horizon_s == math.inf:
                 return False
             agenda.advance(max(agenda.horizon_s, agenda.now()))
-            taken = feed.take(agenda.now())
-            self._note_due()
-            for sent_s, work in taken:
+            for sent_s, work in feed.take(agenda.now()):
                 self._send(work, sent_s)
-        return True
+            self._note_due()
+            most -= 1
+        return not self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return not self._live and not self._held and self._feed.finished
 
     def _note_due(self) -> None:
-        """The feed may be due at another time: it took requests, or one has ended."""
-        due_s = self._feed.next_s()
+        """The feed may be due at another time: it took requests, or one has ended, perhaps the
+        last of all, after which nothing happens any more."""
+        due_s = self.agenda.now() if self._is_over else self._feed.next_s()
         self.agenda.horizon_s = math.inf if due_s is None else due_s
 
     # Requests.

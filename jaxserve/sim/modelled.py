@@ -171,13 +171,6 @@ class ModelledExecutor:
         bucket = self._buckets.smallest(num_rows, chunk_tokens)
         rows_run, prefill_run = bucket.rows, bucket.tiles * self._buckets.tile
         shape = SliceShape(steps_run, rows_run, attended, prefill_run, chunk_attended)
-        result = SliceResult(
-            number=plan.number,
-            steps_run=steps_run,
-            tokens=tokens,
-            codes=codes,
-            slice_s=self._time.slice_s(shape),
-            rows_run=rows_run,
-            prefill_run=prefill_run,
-        )
+        slice_s = self._time.slice_s(shape)
+        result = SliceResult(plan.number, steps_run, tokens, codes, slice_s, rows_run, prefill_run)
         return result, made

@@ -108,31 +108,23 @@ class SimulatedReplica:
             commands, self._mailbox = self._mailbox, []
             for command in commands:
                 command(self.core, now_s)
-        plan = self.core.next_slice(now_s)
-        if plan is not None:
-            self._dispatch(plan, now_s)
-            return
+        while (plan := self.core.next_slice(now_s)) is not None:
+            turn_s = self._clock.t = self._until(now_s, After.DISPATCH, plan)
+            self._flights.append((plan, self._device.dispatch(plan)))
+            if not self._agenda.reaches(turn_s):
+                self._agenda.at(turn_s, self._turn)
+                return
+            now_s = turn_s  # and nothing has come
         deltas = self.core.take_deltas()
         if deltas:
             self._on_deltas(deltas)
         self._wait(now_s)
 
-    def _dispatch(self, plan: SlicePlan, now_s: float) -> None:
-        turn_s = self._clock.t = self._until(now_s, After.DISPATCH, plan)
-        self._flights.append((plan, self._device.dispatch(plan)))
-        self._work(now_s, turn_s)
-
-    def _work(self, now_s: float, turn_s: float) -> None:
-        """The host is busy until it takes its next turn."""
-        self._host_s += turn_s - now_s
-        if turn_s <= now_s or self._agenda.reaches(turn_s):
-            self._turn()
-        else:
-            self._agenda.at(turn_s, self._turn)
-
     def _until(self, now_s: float, after: After, plan: SlicePlan) -> float:
-        """When the host is done; where it works on the device's core, what runs is done later."""
+        """The host is busy until then; where it works on the device's core, what runs is done
+        later."""
         turn_s = self._host.turn_s(now_s, after, plan)
+        self._host_s += turn_s - now_s
         if self._flights and not self._host_overlaps:
             ready_s = self._flights[-1][1].ready_s
             if ready_s > now_s and turn_s > now_s:
@@ -170,4 +162,8 @@ class SimulatedReplica:
         result.host_s, self._host_s = self._host.host_s(plan.number, self._host_s), 0.0
         self.core.complete(result, now_s)
         self._on_slice(plan, ticket)
-        self._work(now_s, self._until(now_s, After.PARSE, plan))
+        turn_s = self._until(now_s, After.PARSE, plan)
+        if self._agenda.reaches(turn_s):
+            self._turn()
+        else:
+            self._agenda.at(turn_s, self._turn)

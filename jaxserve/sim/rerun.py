@@ -178,7 +178,7 @@ def rerun(recorded: Recorded) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     )
     for at_s, event in recorded.commands:
         agenda.at(at_s, replica.command, _command(event, at_s))
-    while agenda.step():
+    while agenda.run(1):
         pass
     yield from zip(recorded.plans, plans, strict=False)
 

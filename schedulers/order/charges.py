@@ -4,6 +4,7 @@ Project rules, papers.md 3.3: a token that is computed again after a preemption 
 again, but on wish, and what was charged but never run is given back.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -40,9 +41,12 @@ class IdleClients:
     def __init__(self, forget: Callable[[str], object]):
         self._forget = forget
         self._since_s: dict[str, float] = {}
+        self._oldest_s = math.inf  # nobody is idle for longer
 
     def add(self, client: str, now_s: float) -> None:
         """The client's last request is over. It may be one too many to remember."""
+        if not self._since_s:
+            self._oldest_s = now_s
         self._since_s[client] = now_s
         if len(self._since_s) > MOST_IDLE:
             self._drop_first()
@@ -53,10 +57,12 @@ class IdleClients:
 
     def tick(self, now_s: float) -> None:
         """Forget who was away too long."""
-        while self._since_s:
-            if now_s - next(iter(self._since_s.values())) < KNOWN_CLIENT_S:
-                return
-            self._drop_first()
+        while now_s - self._oldest_s >= KNOWN_CLIENT_S:
+            first_s = next(iter(self._since_s.values()), math.inf)
+            if first_s == self._oldest_s:
+                self._drop_first()
+            else:
+                self._oldest_s = first_s
 
     def _drop_first(self) -> None:
         client = next(iter(self._since_s))

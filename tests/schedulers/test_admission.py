@@ -155,6 +155,26 @@ def test_slice_lease_counts_two_slices_ahead_for_everyone() -> None:
     )
 
 
+@given(data=st.data())
+def test_slice_lease_answers_as_if_it_always_looked_at_all_rows(data) -> None:
+    """Where there is room for any rows it does not look at them."""
+    some = st.tuples(st.integers(1, 40), st.integers(0, 40), st.booleans())
+    rows = []
+    for held, left, lags in data.draw(st.lists(some, max_size=4)):
+        rows.append(Running(held, (held - 1) // 8 if lags else -(-held // 8), left))
+    steps, available = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 40))
+    growths = [-(-(row.held + min(2 * steps, row.remaining)) // 8) for row in rows]
+    growth = sum(max(0, pages - row.leased_pages) for pages, row in zip(growths, rows, strict=True))
+    running = RunningRows(rows[:1])
+    running.extend(iter(rows[1:]), len(rows[1:]))
+    assert len(running) == len(rows)
+    new = candidate(8, output=100, page_size=8)
+    need = 1 + -(-2 * steps // 8) + growth
+    room = memory(total=100, available=available, page_size=8, steps=steps)
+    assert SliceLease().admits(new, running, room) == (need <= available)
+    assert list(running) == rows
+
+
 def test_samples_share_whole_prompt_pages_only() -> None:
     # 12 tokens on pages of 8: one whole page shared, each sample its own partial page; 4 + 4
     # tokens ahead fill that page, so 1 + 3 pages in all.
@@ -239,7 +259,7 @@ def room(rule: Admission, client: str = "a", *, made: int = 0, total: int = 100)
     new = Candidate(1 + made, 1 + made, 50 - made, 1, client, made)
     running = RunningRows([Running(1 + made, 1 + made, 50 - made, made, client)])
     while rule.admits(new, running, memory(total=total)):
-        running.extend([Running(1 + made, 1 + made, 50 - made, made, client)])
+        running.extend([Running(1 + made, 1 + made, 50 - made, made, client)], 1)
     return len(running)
 
 
