@@ -6,6 +6,7 @@ import json
 import jax
 
 from jaxserve.bench.equality import Cell, EqualityCheck, Grid
+from jaxserve.bench.kernel_check import INTERPRETED
 from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.hlo_facts import collectives
@@ -21,14 +22,14 @@ LAYERS = 3
 
 def compare(model: str) -> int:
     """Tokens of `model` on four devices that were compared with a full recompute on one."""
-    grid = Grid(model=f"random:{model}", num_prompts=8, max_tokens=16, steps=(4,), rows=(8,))
-    check = EqualityCheck(grid, mesh="tp=4")
+    grid = Grid(model=f"random:{model}", num_prompts=8, max_tokens=12, steps=(4,), rows=(8,))
+    check = EqualityCheck(grid, mesh="tp=4", options=INTERPRETED)
     cells = [Cell(4, 8, prefix_hit=hit, preempted=hit, chunked=hit) for hit in (False, True)]
     return sum(check.run(cell) for cell in cells)
 
 
 def count_collectives() -> dict[str, dict[str, int]]:
-    """Those of a decode program and of a mixed one, with the layers unrolled."""
+    """Those of a decode program and of a mixed one as they are served, with unrolled layers."""
     programs = Programs(
         dataclasses.replace(FOUR_HEADS, num_layers=LAYERS),
         mesh=tensor_mesh(4),
