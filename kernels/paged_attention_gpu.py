@@ -49,6 +49,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from .backend import target_device_kind
 from .block_sizes import DecodeBlocks, GpuBlocks, gpu_blocks
 from .kv_pages import RowPages
 
@@ -92,7 +93,7 @@ def attend(
     op = _Op.of(q_BQHC, pages, table_BP, window=window, soft_cap=soft_cap, scale=scale)
     if blocks is None:
         blocks = gpu_blocks(
-            jax.devices()[0].device_kind,
+            target_device_kind(),
             head_dim=op.C,
             page_size=op.S,
             dtype=pages.kv_NKSD.dtype,

@@ -24,12 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.bench.kernel_check import INTERPRETED
 from jaxserve.kernels import paged_attention_tpu
+from jaxserve.kernels.block_sizes import tpu_blocks
 from jaxserve.kernels.kv_pages import RowPages
 from jaxserve.kernels.paged_attention_tpu import (
     Sizes,
     attend,
-    default_sizes,
     row_lanes,
+    sizes_of,
     unsupported,
 )
 
@@ -287,7 +288,8 @@ def test_what_has_no_kernel_is_named(more, answer):
 )
 def test_sizes_follow_the_kind_of_device(kind, dtype, B, sizes):
     pages = RowPages(jnp.zeros((1, 8, 16, 256), dtype), None)
-    assert default_sizes(pages, B, device_kind=kind) == sizes
+    blocks = tpu_blocks(kind, head_dim=128, page_size=16, dtype=dtype)
+    assert sizes_of(blocks, pages, B) == sizes
 
 
 # -- Compiled for TPUs that are not there ---------------------------------------------------------
