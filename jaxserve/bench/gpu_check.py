@@ -122,7 +122,7 @@ def engine(seconds: float) -> Numbers:
     )
     bench = SliceBench(executor, limits)
     # Bytes and products are the model's; the data sheet's rates are not read.
-    sizes = ModelShape.of(model).sizes(info.dtype)
+    sizes = ModelShape.of(model).sizes(info.dtype, config.cache.kv_dtype)
     counts = RooflineTime(sizes=sizes, device=DEVICES["h200"], num_devices=1)
     steps = []
     for rows, context in _TINY_STEPS if tiny else _STEPS:
