@@ -62,8 +62,17 @@ def target_platform() -> str:
     The mesh says so inside `jax.shard_map`, also when programs are compiled for devices that this
     machine does not have; elsewhere it is where JAX runs.
     """
+    return platform_of(_target_device())
+
+
+def target_device_kind() -> str:
+    """The kind of the device that `target_platform` is the platform of, as JAX names it."""
+    return _target_device().device_kind
+
+
+def _target_device() -> Any:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return platform_of(jax.devices()[0] if device is None else device)
+    return jax.devices()[0] if device is None else device
 
 
 def platform_of(device: Any) -> str:

@@ -38,6 +38,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from .backend import target_device_kind
+from .block_sizes import TpuBlocks, tpu_blocks
 from .kv_pages import RowPages
 from .page_ring_tpu import CURSOR, Need, PageRing
 
@@ -60,17 +62,6 @@ class Sizes(NamedTuple):
     cores: int
 
 
-# Per device kind: bytes per block, blocks in the ring, cores that share one program. Not measured
-# on a TPU, but read off the compiler's schedules: for 8 kv heads of 128 channels in bfloat16, a
-# block of 128, 256, 512 tokens takes 385, 620, 880 to 1020 instructions, each page about 25 and
-# each block about 100 more; memory delivers a token in 7.5 cycles (v5e), 4.4 (v6e), 5.2 (a core
-# of v5p).
-_TPU: Final = {
-    "TPU v5 lite": (1 << 20, 4, 1),
-    "TPU v6 lite": (2 << 20, 4, 1),
-    "TPU v5": (2 << 20, 4, 2),
-}
-_ANY_TPU: Final = (1 << 20, 4, 1)
 # Those with float8 in hardware. The others compile it too, to integer arithmetic; and so does v6e,
 # whose float8 is another than e4m3fn: a block of 512 tokens takes 2340 instructions there, not the
 # 880 of bfloat16. So float8 pages save memory on it, but no time; int8 (910) saves both.
@@ -109,20 +100,26 @@ def unsupported(
     return None
 
 
-def default_sizes(pages: RowPages, num_blocks: int, *, device_kind: str | None = None) -> Sizes:
-    """Return the sizes for these pages and `num_blocks` query blocks on one kind of device."""
+def sizes_of(blocks: TpuBlocks, pages: RowPages, num_blocks: int) -> Sizes:
+    """Return what the table's `blocks` are for these pages and `num_blocks` query blocks.
+
+    A block has whole lanes of scores, so at least 128 tokens, and at most 512.
+    """
     _, K, S, D = pages.kv_NKSD.shape
-    block_bytes, ring, cores = _TPU.get(device_kind or _device_kind(), _ANY_TPU)
-    block = block_bytes // (K * D * pages.kv_NKSD.dtype.itemsize) // _LANES * _LANES
-    return Sizes(min(max(block, _LANES, S), _LONGEST_BLOCK), ring, min(cores, num_blocks))
+    block = blocks.block_bytes // (K * D * pages.kv_NKSD.dtype.itemsize) // _LANES * _LANES
+    return Sizes(
+        min(max(block, _LANES, S), _LONGEST_BLOCK), blocks.ring, min(blocks.cores, num_blocks)
+    )
 
 
-def _device_kind() -> str:
-    """What is compiled for: a mesh may name devices that this machine does not have."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.device_kind
-    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+def _table_sizes(pages: RowPages, head_dim: int, num_blocks: int) -> Sizes:
+    row = tpu_blocks(
+        target_device_kind(),
+        head_dim=head_dim,
+        page_size=pages.page_size,
+        dtype=pages.kv_NKSD.dtype,
+    )
+    return sizes_of(row, pages, num_blocks)
 
 
 def attend(
@@ -140,9 +137,10 @@ def attend(
 ) -> Float[Array, "B Q H C"]:
     """Attend from query blocks to pages; see `paged_attention` for what the operands mean.
 
-    `sizes.block` must be a multiple of the page size. Dots take the wider of the types of queries
-    and pages, with pages of 8 bits as bfloat16; float32 is not rounded to less. With `interpret`
-    the kernel runs on a CPU, in the interpreter that imitates a TPU's memories.
+    `sizes` replaces what `block_sizes` says; its block must be whole pages. Dots take the wider of
+    the types of queries and pages, with pages of 8 bits as bfloat16; float32 is not rounded to
+    less. With `interpret` the kernel runs on a CPU, in the interpreter that imitates a TPU's
+    memories.
 
     Raises ValueError when stored rows are too short or, compiled, do not have whole lanes.
     """
@@ -161,7 +159,7 @@ def attend(
         num_queries=Q,
         window=window,
         options=_Options(C, soft_cap, C**-0.5 if scale is None else scale, compute),
-        sizes=sizes or default_sizes(pages, B),
+        sizes=sizes or _table_sizes(pages, C, B),
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )
     rows = max(1, _TABLE_BYTES // (4 * table_BP.shape[1]))
@@ -241,7 +239,8 @@ def _call(
             vmem_limit_bytes=_VMEM_BYTES,
             disable_bounds_checks=True,  # page ids are clamped; checks take half of a copy's start
         ),
-        # At full tables: how long rows are is not known here.
+        # At full tables, an upper bound: how long rows are is known only when it runs. XLA places
+        # it between other work by it; `jaxserve compile` counts steps at a stated length instead.
         cost_estimate=pl.CostEstimate(
             flops=4 * B * P * S * K * M * C,
             transcendentals=B * P * S * K * M,

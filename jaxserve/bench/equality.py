@@ -6,7 +6,7 @@ preempted or not, prompts whole or in chunks. Every cell must give every request
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -64,7 +64,7 @@ class Grid:
 
 
 class EqualityCheck:
-    """Compiles one executor and runs every cell on it."""
+    """Compiles one executor and runs every cell on it. `options` are XLA's, by name."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class EqualityCheck:
         kernels: str = "auto",
         mesh: str = "tp=1",
         kv_dtype: str = "float32",
+        options: Mapping[str, Any] | None = None,
     ):
         self._grid, self._kernels = grid, kernels
         source = parse_source(grid.model)
@@ -103,7 +104,7 @@ class EqualityCheck:
             dtype="float32",
             kv_dtype=kv_dtype,
         )
-        self._executor.compile_all(lambda _: None, threads=2)
+        self._executor.compile_all(lambda _: None, threads=2, options=options)
         self._weights, self._longest = weights, longest
 
     @cached_property

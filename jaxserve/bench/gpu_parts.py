@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -315,25 +315,18 @@ def engine(seconds: float, report: Report) -> None:
 
 
 def _time_steps(deployment: _Deployment) -> Iterator[Numbers]:
-    from jaxserve.engine.build import TILE
-    from jaxserve.engine.measure import Limits, Point, SliceBench
+    from jaxserve.engine.build import bench_limits
+    from jaxserve.engine.measure import Point, SliceBench
     from jaxserve.models.profile import ModelShape
     from jaxserve.schedulers.estimators.roofline_time import DEVICES, RooflineTime
 
     config, executor, info, buckets = deployment
     model = info.config
-    limits = Limits(
-        buckets=buckets,
-        tile=TILE,
-        max_rows=config.scheduler.max_rows,
-        max_steps=config.scheduler.make_slicing(max_context=model.max_context).max_steps,
-        max_context=model.max_context,
-        page_size=info.page_size,
-        num_pages=info.num_pages,
-    )
+    limits = bench_limits(config, max_context=model.max_context, num_pages=info.num_pages)
+    limits = replace(limits, buckets=buckets)
     bench = SliceBench(executor, limits)
     # Bytes and products are the model's; the data sheet's rates are not read.
-    sizes = ModelShape.of(model).sizes(info.dtype)
+    sizes = ModelShape.of(model).sizes(info.dtype, config.cache.kv_dtype)
     counts = RooflineTime(sizes=sizes, device=DEVICES["h200"], num_devices=1)
     for rows, context in _steps():
         point = Point(_SLICE_STEPS, (context,) * rows)

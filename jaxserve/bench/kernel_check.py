@@ -32,9 +32,11 @@ from jaxserve.kernels.kv_pages import RowPages
 
 _KV_HEADS: Final = 2
 
-# An interpreted kernel takes longer to compile than to run.
 INTERPRETED: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
-"""Compiler options for it."""
+"""Compiler options for what takes longer to compile than to run, such as interpreted kernels."""
+
+if jax.__version_info__ < (0, 11):  # half the time; later releases do not know the option
+    INTERPRETED["xla_cpu_use_fusion_emitters"] = False
 
 
 class Options(NamedTuple):

@@ -1,8 +1,9 @@
 """How fast paged attention is on this device, beside what the device can do.
 
-Measures the copy bandwidth and the bf16 matrix rate, then decode and prefill through our GPU
-kernels, and decode through the kernels that come with JAX and those of other libraries. A kernel's
-output is compared with attention in float32 before its time counts. Knows shapes, not models.
+Measures the copy bandwidth and the bf16 matrix rate, then decode and prefill through our kernels,
+and decode through the kernels that come with JAX and those of other libraries. A kernel's output is
+compared with attention in float32 before its time counts. Knows shapes, not models. Our kernels are
+the TPU's on a TPU, and the GPU's elsewhere.
 
 Dimension key: B query blocks  Q queries per block  H query heads  K kv heads  C channels per head
 N pages  S slots per page  P pages per row
@@ -25,14 +26,15 @@ from jaxserve.bench.kernel_check import INTERPRETED, worst_error
 from jaxserve.bench.peers import run
 from jaxserve.bench.peers.decode_shapes import LARGEST_ERROR, Sizes, page_tables, read_bytes
 from jaxserve.bench.peers.protocol import KernelResult, first_line
-from jaxserve.kernels import paged_attention_gpu
-from jaxserve.kernels.block_sizes import GpuBlocks
-from jaxserve.kernels.kv_pages import RowPages
+from jaxserve.kernels import paged_attention_gpu, paged_attention_tpu
+from jaxserve.kernels.block_sizes import GpuBlocks, TpuBlocks
+from jaxserve.kernels.kv_pages import RowPages, init_row_pages
 from jaxserve.kernels.paged_attention import paged_attention_reference
 
 OURS: Final = "jaxserve"
 CALLS: Final = 16  # in one program
 _TURNS: Final = 5  # of which the fastest counts
+_LANES: Final = 128  # of a TPU, which rows of pages fill
 
 
 class Rates(NamedTuple):
@@ -58,8 +60,19 @@ class Row:
 
 
 def on_cpu() -> bool:
-    """Whether kernels must be interpreted, and sizes small: there is no GPU."""
-    return jax.default_backend() != "gpu"
+    """Whether kernels must be interpreted, and sizes small: there is no accelerator."""
+    return jax.default_backend() == "cpu"
+
+
+def _attend(blocks: GpuBlocks | TpuBlocks | None, pages: RowPages, num_blocks: int) -> Any:
+    """Our kernel of the device, with `blocks`; of the kind of `blocks`, where they are given."""
+    options: dict[str, Any] = dict(window=None, soft_cap=None, scale=None, interpret=on_cpu())
+    if isinstance(blocks, TpuBlocks):
+        sizes = paged_attention_tpu.sizes_of(blocks, pages, num_blocks)
+        return partial(paged_attention_tpu.attend, sizes=sizes, **options)
+    if blocks is None and jax.default_backend() == "tpu":
+        return partial(paged_attention_tpu.attend, **options)
+    return partial(paged_attention_gpu.attend, blocks=blocks, **options)
 
 
 def seconds_per_call(run: Callable[[], Any], budget_s: float) -> float:
@@ -118,7 +131,18 @@ def decode_operands(sizes: Sizes, lengths: Sequence[int], dtype=jnp.bfloat16) ->
     """Random rows of these lengths, their pages scattered over a pool that holds no other."""
     S, len_B = sizes.page_size, np.array(lengths)
     table_BP, num_pages = page_tables(lengths, S)
-    shape_NKSD = (num_pages, sizes.kv_heads, S, 2 * sizes.head_dim)
+    like = jax.eval_shape(
+        partial(
+            init_row_pages,
+            num_pages,
+            page_size=S,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            dtype=dtype,
+            lanes=_LANES if jax.default_backend() == "tpu" else 1,
+        )
+    )
+    shape_NKSD = like.kv_NKSD.shape
     pages, q_BQHC = jax.jit(
         lambda key: (
             jax.random.normal(key, shape_NKSD, jnp.bfloat16).astype(dtype),
@@ -144,11 +168,8 @@ class Kernel(NamedTuple):
     operands: tuple[Any, ...]
 
 
-def _ours(decode: Decode, blocks: GpuBlocks | None = None) -> Kernel:
-    attend = partial(
-        paged_attention_gpu.attend,
-        **dict(window=None, soft_cap=None, scale=None, interpret=on_cpu(), blocks=blocks),
-    )
+def _ours(decode: Decode, blocks: GpuBlocks | TpuBlocks | None = None) -> Kernel:
+    attend = _attend(blocks, decode.pages, decode.len_B.size)
     return Kernel(
         lambda q_BQHC, pages, table_BP, len_B: attend(q_BQHC, pages, table_BP, len_B, len_B - 1),
         decode[:4],
@@ -207,7 +228,9 @@ def loop_of(kernel: Kernel) -> Any:
     return loop
 
 
-def time_decode(decode: Decode, *, budget_s: float, blocks: GpuBlocks | None = None) -> float:
+def time_decode(
+    decode: Decode, *, budget_s: float, blocks: GpuBlocks | TpuBlocks | None = None
+) -> float:
     """Seconds of one call of our kernel."""
     kernel = _ours(decode, blocks)
     loop = loop_of(kernel)
@@ -227,7 +250,7 @@ def exact(q_BQHC: jax.Array, pages: RowPages, table_BP: jax.Array, len_B: jax.Ar
 
 
 def time_prefill(
-    sizes: Sizes, *, blocks: GpuBlocks | None = None, dtype=jnp.bfloat16
+    sizes: Sizes, *, blocks: GpuBlocks | TpuBlocks | None = None, dtype=jnp.bfloat16
 ) -> tuple[float, int]:
     """Seconds of one causal prefill of one prompt through its pages, and its FLOPs."""
     T, Q = sizes.prefill, sizes.block
@@ -236,10 +259,7 @@ def time_prefill(
     q_BQHC = jnp.tile(decode.q_BQHC, (B, Q, 1, 1))
     table_BP = jnp.tile(decode.table_BP, (B, 1))
     start_B = Q * jnp.arange(B, dtype=jnp.int32)
-    attend = partial(
-        paged_attention_gpu.attend,
-        **dict(window=None, soft_cap=None, scale=None, interpret=on_cpu(), blocks=blocks),
-    )
+    attend = _attend(blocks, decode.pages, B)
 
     @jax.jit
     def loop(q_BQHC, pages, table_BP, start_B):

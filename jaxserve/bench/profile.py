@@ -60,6 +60,7 @@ def _computed(config: ProfileConfig, engine: EngineConfig) -> Profile:
         device=config.device,
         num_devices=num_devices,
         page_size=engine.cache.page_size,
+        kv_dtype=engine.cache.kv_dtype,
     )
 
 

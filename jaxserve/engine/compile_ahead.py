@@ -83,6 +83,7 @@ def compile_ahead(
         device=topology.device.kind,
         num_devices=mesh.size,
         dtype=programs.dtype.name,
+        kv_dtype=programs.kv_dtype,
         kernels=kernels.names(),
         versions={
             "jaxserve": __version__,
@@ -162,7 +163,7 @@ class _Inspector:
         self._tile, self._context = programs.shape.tile, context
         self._pool_sizes = _pool_sizes(programs)
         self._time = RooflineTime(
-            sizes=ModelShape.of(model).sizes(programs.dtype.name),
+            sizes=ModelShape.of(model).sizes(programs.dtype.name, programs.kv_dtype),
             device=topology.device,
             num_devices=programs.mesh.size,
         )

@@ -50,6 +50,7 @@ class DeploymentReport:
     device: str
     num_devices: int
     dtype: str
+    kv_dtype: str
     kernels: Mapping[str, str]
     versions: Mapping[str, str]
     page_size: int

@@ -1,6 +1,9 @@
 """From `--mesh` to devices."""
 
+import importlib.util
 import os
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Final
 
 import jax
@@ -11,6 +14,7 @@ from jaxserve.models.partition import can_share, share_of, tensor_mesh
 
 # Measured on 2 cores only; each device more makes every sum over devices dearer.
 _MOST_CPU_DEVICES: Final = 4
+_GOOGLE: Final = "0x1ae0"  # as a vendor of PCI devices
 
 
 def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
@@ -21,6 +25,7 @@ def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
     twice. On accelerators `auto` is one device. Raises ConfigError when the model cannot be cut so
     or devices are missing.
     """
+    name_lone_platform()
     wanted = None if mesh == "auto" else int(mesh.removeprefix("tp="))
     share_of(config, wanted or 1)
     threads = wanted or _devices_for_cores(config)
@@ -31,6 +36,28 @@ def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
     if wanted is None:
         wanted = threads if jax.default_backend() == "cpu" else 1
     return tensor_mesh(wanted)
+
+
+def name_lone_platform() -> None:
+    """Tell JAX that it runs on the CPU where it could find nothing else, if nobody told it.
+
+    With libtpu installed it looks for TPUs otherwise, and libtpu writes its own lines about not
+    finding any. Where there may be a TPU, or a plug-in brings another platform, JAX decides alone.
+    """
+    told = jax.config.values["jax_platforms"] or os.environ.get("JAX_FORCE_TPU_INIT")
+    if told or importlib.util.find_spec("libtpu") is None or may_have_tpu():
+        return
+    if entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):
+        return
+    jax.config.update("jax_platforms", "cpu")
+
+
+def may_have_tpu(root: Path = Path("/")) -> bool:
+    """Whether the machine has a device that could be a TPU: one of Google's, or one given to user
+    space. More than TPUs are: what is taken for one is looked for by JAX itself."""
+    nodes = [*root.glob("dev/accel*"), *root.glob("dev/vfio/[0-9]*")]
+    vendors = root.glob("sys/bus/pci/devices/*/vendor")
+    return bool(nodes) or any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
 
 
 def _devices_for_cores(config: ModelConfig) -> int:

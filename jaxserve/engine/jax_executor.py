@@ -6,8 +6,10 @@ called as such, so that a shape that was not warmed up is an error and never a s
 """
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from jax.sharding import Mesh
 from jaxserve.engine.batch import BatchShape, Packer
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.plan import RowStart, SliceLogprobs, SlicePlan, SliceResult
-from jaxserve.engine.programs import EXTRAS, PAGE_COPIES, Programs, Progress
+from jaxserve.engine.programs import EXTRAS, PAGE_COPIES, Program, Programs, Progress
 from jaxserve.engine.slice_program import SliceOutput
 from jaxserve.kernels.sampling import PROMPT_FLAG
 from jaxserve.models.config import ModelConfig
@@ -76,9 +78,12 @@ class JaxExecutor:
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch") if blocks else None
         self._ready_s = 0.0
 
-    def compile_all(self, progress: Progress, *, threads: int) -> None:
-        """Compile every program, `threads` at a time."""
-        self._compiled = self._programs.compile_all(progress, threads=threads)
+    def compile_all(
+        self, progress: Progress, *, threads: int, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Compile every program, `threads` at a time. `options` are XLA's, by name."""
+        compile = partial(Program.compile, options=options)
+        self._compiled = self._programs.compile_all(progress, threads=threads, compile=compile)
 
     @property
     def num_programs(self) -> int:

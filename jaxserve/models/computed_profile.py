@@ -19,9 +19,11 @@ HOST = HostTime(slice_s=300e-6, row_s=10e-6, token_s=1e-6, prompt_s=0.1e-6)
 
 
 def compute_profile(
-    model: ModelConfig, *, device: str, num_devices: int, page_size: int
+    model: ModelConfig, *, device: str, num_devices: int, page_size: int, kv_dtype: str = "auto"
 ) -> Profile:
     """The roofline of `num_devices` devices named `device` with a bfloat16 model cut over them.
+
+    Keys and values are stored as `kv_dtype`, auto being bfloat16.
 
     Raises ConfigError for a device that is not known, or when the weights leave no room for KV.
     """
@@ -29,7 +31,7 @@ def compute_profile(
         raise ConfigError(f"device: got {device!r}; allowed: {', '.join(DEVICES)}")
     sheet, precision = DEVICES[device], "bfloat16"
     shape = ModelShape.of(model)
-    sizes = shape.sizes(precision)
+    sizes = shape.sizes(precision, kv_dtype)
     time = RooflineTime(sizes=sizes, device=sheet, num_devices=num_devices, host=HOST)
     # Equal shares of the KV heads, each on one device or, where there are too few, on several.
     copies = max(1, num_devices // model.num_kv_heads)
@@ -47,6 +49,8 @@ def compute_profile(
         )
     bilinear = bilinear_of(time, Grid())
     notes = [f"computed, not measured: {sheet.source}"]
+    if kv_dtype not in ("auto", precision):
+        notes.append(f"keys and values in {kv_dtype}")
     if copies > 1:
         notes.append(
             f"{num_devices} devices share {model.num_kv_heads} kv heads: keys and values are held"

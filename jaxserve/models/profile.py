@@ -27,6 +27,13 @@ SCHEMA: Final = "jaxserve.profile/1"
 MEASURED, COMPUTED = KINDS = ("measured", "computed")
 DIRECTORY: Final = Path(__file__).parents[1] / "profiles"
 BYTES_OF: Final = {"float32": 4, "bfloat16": 2}
+QUANTISED: Final = {"int8": (1, 4), "float8_e4m3fn": (1, 4)}
+"""Types of KV pages alone: bytes of a number, and of the scale that a row of numbers has."""
+
+# Fields that profiles of before do not have; their defaults say what was meant.
+_LATER: Final[dict[type, frozenset[str]]] = {
+    ModelSizes: frozenset({"kv_value_bytes", "kv_scale_bytes"})
+}
 
 _Record = TypeVar("_Record")
 
@@ -52,10 +59,16 @@ class ModelShape:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(config, name) for name in names})
 
-    def sizes(self, precision: str) -> ModelSizes:
-        """What the roofline is computed from."""
-        names = {field.name for field in dataclasses.fields(ModelSizes)} - {"value_bytes"}
-        numbers = {name: getattr(self, name) for name in names}
+    def sizes(self, precision: str, kv_dtype: str = "auto") -> ModelSizes:
+        """What the roofline is computed from; `kv_dtype` auto is `precision`."""
+        numbers = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(ModelSizes)
+            if hasattr(self, field.name)
+        }
+        if kv_dtype not in ("auto", precision):
+            value_bytes, scale_bytes = QUANTISED.get(kv_dtype) or (BYTES_OF[kv_dtype], 0)
+            numbers |= {"kv_value_bytes": value_bytes, "kv_scale_bytes": scale_bytes}
         return ModelSizes(value_bytes=BYTES_OF[precision], **numbers)
 
 
@@ -214,11 +227,17 @@ def _decoded_record(kind: type[_Record], value: Any, where: str) -> _Record:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: got {value!r}")
     hints = typing.get_type_hints(kind)
-    if set(value) != set(hints):
+    if not _has_fields(kind, value):
         odd = ", ".join(sorted(set(value) ^ set(hints)))
         raise ValueError(f"{where or 'fields'} missing or unknown: {odd}")
     inside = f"{where}." if where else ""
     return kind(**{name: _decoded(hints[name], value[name], inside + name) for name in value})
+
+
+def _has_fields(kind: Any, value: Mapping[str, Any]) -> bool:
+    """Whether all are known and none is missing that must be there. `_LATER` ones need not be."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return set(value) <= names and names - set(value) <= _LATER.get(kind, frozenset())
 
 
 def _decoded_union(parts: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -227,7 +246,7 @@ def _decoded_union(parts: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     if isinstance(value, dict):
         for kind in parts:
-            if dataclasses.is_dataclass(kind) and set(value) == set(typing.get_type_hints(kind)):
+            if dataclasses.is_dataclass(kind) and _has_fields(kind, value):
                 return _decoded(kind, value, where)
     kinds = [part for part in parts if part is not types.NoneType]
     if len(kinds) == 1:

@@ -94,7 +94,8 @@ def show(report: "DeploymentReport", console: Console) -> None:
     _say(
         console,
         f"{report.model}, {report.num_parameters / 1e9:.2f} G parameters in {report.dtype}, on"
-        f" {report.topology}: {report.num_devices} x {report.device}; {kernels}",
+        f" {report.topology}: {report.num_devices} x {report.device}; {kernels}; keys and values"
+        f" in {report.kv_dtype}",
     )
     _say(console, f"{len(report.programs)} programs in {report.compile_s:.0f} s; {versions}")
     _show_memory(report, console)

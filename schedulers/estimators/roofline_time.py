@@ -19,7 +19,9 @@ TILE_QUERIES: Final = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """A decoder's sizes. `value_bytes` is the size of a weight and of a cached key's channel."""
+    """A decoder's sizes. `value_bytes` is the size of a weight; `kv_value_bytes` that of a cached
+    key's channel (None: the same), with `kv_scale_bytes` of scale beside each key and each value.
+    """
 
     num_layers: int
     width: int
@@ -30,6 +32,8 @@ class ModelSizes:
     vocab_size: int
     tied_embeddings: bool
     value_bytes: int
+    kv_value_bytes: int | None = None
+    kv_scale_bytes: int = 0
 
     @property
     def linear_weights(self) -> int:
@@ -49,7 +53,9 @@ class ModelSizes:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.value_bytes
+        value_bytes = self.value_bytes if self.kv_value_bytes is None else self.kv_value_bytes
+        row_bytes = self.head_dim * value_bytes + self.kv_scale_bytes
+        return 2 * self.num_layers * self.num_kv_heads * row_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

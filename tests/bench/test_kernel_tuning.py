@@ -3,7 +3,14 @@ from pathlib import Path
 
 from jaxserve.bench.kernel_tuning import descend, write_rows
 from jaxserve.kernels import block_sizes
-from jaxserve.kernels.block_sizes import DecodeBlocks, GpuBlocks, TileBlocks, gpu_blocks
+from jaxserve.kernels.block_sizes import (
+    DecodeBlocks,
+    GpuBlocks,
+    TileBlocks,
+    TpuBlocks,
+    gpu_blocks,
+    tpu_blocks,
+)
 
 BLOCKS = GpuBlocks(DecodeBlocks(64, 512, 16, 264, 4, 5), TileBlocks(32, 64, 8, 3))
 
@@ -19,8 +26,15 @@ def load(path):
 def test_rows_written_into_the_table_are_found_and_the_rest_stays(tmp_path):
     path, before = tmp_path / "block_sizes.py", Path(block_sizes.__file__).read_text()
     path.write_text(before)
-    write_rows({("NVIDIA H200", 128, 64, "bfloat16"): BLOCKS}, path)
+    on_tpu = TpuBlocks(block_bytes=1 << 19, ring=6, cores=2)
+    rows = {
+        ("NVIDIA H200", 128, 64, "bfloat16"): BLOCKS,
+        ("TPU v6 lite", 64, 128, "int8"): on_tpu,
+    }
+    write_rows(rows, path)
     tuned = load(path)
+    found = tuned.tpu_blocks("TPU v6 lite", head_dim=64, page_size=128, dtype="int8")
+    assert tuple(found) == tuple(on_tpu)
     found = tuned.gpu_blocks("NVIDIA H200", head_dim=128, page_size=64, dtype="bfloat16")
     assert tuple(map(tuple, found)) == tuple(map(tuple, BLOCKS))
     begin = before.index("# tuned rows begin")
@@ -32,6 +46,9 @@ def test_rows_written_into_the_table_are_found_and_the_rest_stays(tmp_path):
 def test_a_shape_without_a_row_gets_the_default():
     default = block_sizes.default_gpu_blocks(128, "int8")
     assert gpu_blocks("abacus", head_dim=128, page_size=64, dtype="int8") == default
+    default = block_sizes.default_tpu_blocks("TPU v5")
+    assert tpu_blocks("TPU v5", head_dim=128, page_size=64, dtype="int8") == default
+    assert default.cores == 2 and block_sizes.default_tpu_blocks("abacus").cores == 1
 
 
 def test_one_field_after_another_leads_to_the_least_cost():

@@ -6,6 +6,7 @@ import json
 import jax
 
 from jaxserve.bench.equality import Cell, EqualityCheck, Grid
+from jaxserve.bench.kernel_check import INTERPRETED
 from jaxserve.engine.batch import BatchShape
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.hlo_facts import collectives
@@ -21,14 +22,25 @@ LAYERS = 3
 
 def compare(model: str) -> int:
     """Tokens of `model` on four devices that were compared with a full recompute on one."""
-    grid = Grid(model=f"random:{model}", num_prompts=8, max_tokens=16, steps=(4,), rows=(8,))
-    check = EqualityCheck(grid, mesh="tp=4")
+    grid = Grid(
+        model=f"random:{model}",
+        num_prompts=8,
+        max_tokens=12,
+        steps=(4,),
+        rows=(8,),
+        longest_prompt=60,
+        tiles=4,
+    )
+    check = EqualityCheck(grid, mesh="tp=4", options=INTERPRETED)
     cells = [Cell(4, 8, prefix_hit=hit, preempted=hit, chunked=hit) for hit in (False, True)]
     return sum(check.run(cell) for cell in cells)
 
 
 def count_collectives() -> dict[str, dict[str, int]]:
-    """Those of a decode program and of a mixed one, with the layers unrolled."""
+    """Those of a decode program and of a mixed one, with the layers unrolled.
+
+    The options change the code of a device, not what devices send each other.
+    """
     programs = Programs(
         dataclasses.replace(FOUR_HEADS, num_layers=LAYERS),
         mesh=tensor_mesh(4),
@@ -40,7 +52,7 @@ def count_collectives() -> dict[str, dict[str, int]]:
         dtype="float32",
     )
     return {
-        program.name: collectives(program.compile().as_text())
+        program.name: collectives(program.compile(INTERPRETED).as_text())
         for program in programs.all()
         if isinstance(program.key, Bucket)
     }

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxserve.bench.equality import Cell, EqualityCheck, Grid
+from jaxserve.bench.kernel_check import INTERPRETED
 from jaxserve.kernels.kv_pages import init_pages, init_row_pages
 from jaxserve.kernels.kv_write import write_kv
 from jaxserve.kernels.paged_attention import paged_attention
@@ -31,11 +32,21 @@ GRID = Grid(
 CELL = Cell(steps=2, rows=2, prefix_hit=True, preempted=False, chunked=True)
 
 
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """What a full recompute says, which knows no kernel."""
+    return []
+
+
 @pytest.mark.parametrize(
     ("kernels", "mesh"), [("xla", "tp=2"), ("pallas_gpu", "tp=1"), ("pallas_tpu", "tp=1")]
 )
-def test_tokens_equal_a_full_recompute(kernels: str, mesh: str) -> None:
-    EqualityCheck(GRID, kernels=kernels, mesh=mesh).run(CELL)
+def test_tokens_equal_a_full_recompute(expected: list, kernels: str, mesh: str) -> None:
+    check = EqualityCheck(GRID, kernels=kernels, mesh=mesh, options=INTERPRETED)
+    if expected:  # the same weights and requests, whatever the kernels
+        check.expected = expected
+    assert check.run(CELL) == GRID.num_prompts * GRID.max_tokens
+    expected[:] = check.expected
 
 
 @pytest.mark.full

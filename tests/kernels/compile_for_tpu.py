@@ -8,6 +8,7 @@ A process of its own, because libtpu must be told before it loads that no TPU is
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
@@ -74,8 +75,13 @@ def compile_case(case: dict) -> dict:
     }
 
 
-for line in sys.stdin:
+def answer(line: str) -> dict:
     try:
-        print(json.dumps(compile_case(json.loads(line))), flush=True)
+        return compile_case(json.loads(line))
     except Exception as e:
-        print(json.dumps({"error": f"{type(e).__name__}: {e}"[:2000]}), flush=True)
+        return {"error": f"{type(e).__name__}: {e}"[:2000]}
+
+
+with ThreadPoolExecutor(2) as pool:
+    for found in pool.map(answer, sys.stdin):
+        print(json.dumps(found), flush=True)

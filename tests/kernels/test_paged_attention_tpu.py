@@ -22,12 +22,15 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxserve.bench.kernel_check import INTERPRETED
+from jaxserve.kernels import paged_attention_tpu
+from jaxserve.kernels.block_sizes import tpu_blocks
 from jaxserve.kernels.kv_pages import RowPages
 from jaxserve.kernels.paged_attention_tpu import (
     Sizes,
     attend,
-    default_sizes,
     row_lanes,
+    sizes_of,
     unsupported,
 )
 
@@ -117,7 +120,10 @@ class Batch:
 
     def run(self, rows=slice(None)) -> np.ndarray:
         case = self.case
-        call = jitted(*(case[name] for name in ("S", "window", "soft_cap", "cores", "ring")))
+        call = jitted(
+            paged_attention_tpu._TABLE_BYTES,
+            *(case[name] for name in ("S", "window", "soft_cap", "cores", "ring")),
+        )
         out = np.asarray(call(*self.operands(rows)).astype(jnp.float32))
         assert not interpret_pallas_call.races.races_found
         return out
@@ -153,8 +159,11 @@ class Batch:
 
 
 @cache
-def jitted(S: int, window, soft_cap, cores: int, ring: int):
-    """Blocks of two pages; two cores take turns in an order that the interpreter draws."""
+def jitted(table_bytes: int, S: int, window, soft_cap, cores: int, ring: int):
+    """Blocks of two pages; two cores take turns in an order that the interpreter draws.
+
+    The size of a call's tables is read when it is traced.
+    """
     return jax.jit(
         partial(
             attend,
@@ -163,7 +172,8 @@ def jitted(S: int, window, soft_cap, cores: int, ring: int):
             scale=None,
             interpret=pltpu.InterpretParams(detect_races=True, random_seed=1),
             sizes=Sizes(block=2 * S, ring=ring, cores=cores),
-        )
+        ),
+        compiler_options=INTERPRETED,
     )
 
 
@@ -211,12 +221,12 @@ def test_a_row_has_the_same_bits_in_any_batch(Q):
 
 
 def test_padding_queries_and_empty_batches_stay_finite():
-    batch = Batch([10, 0, 3, 40, 1], FLOAT32 | dict(Q=4))
-    batch.start_B = np.array([8, 0, 7, 36, 0], np.int32)
+    batch = Batch([10, 0, 3, 40, 1], FLOAT32 | dict(Q=16))
+    batch.start_B = np.array([8, 0, 7, 24, 0], np.int32)
     want = batch.in_float64()
     got = batch.run()
     assert np.isfinite(got).all() and not got[1].any()
-    for b, valid in enumerate([2, 0, 0, 4, 1]):
+    for b, valid in enumerate([2, 0, 0, 16, 1]):
         np.testing.assert_allclose(got[b, :valid], want[b, :valid], rtol=1e-4, atol=1e-5)
     batch.len_B[:] = 0
     assert not batch.run().any()
@@ -229,10 +239,11 @@ def test_a_length_beyond_the_table_reads_what_the_table_holds():
     np.testing.assert_array_equal(batch.run(), want)
 
 
-def test_tables_beyond_scalar_memory_are_cut():
-    batch = Batch([80, 5, 33], FLOAT32)
+def test_tables_beyond_scalar_memory_are_cut(monkeypatch):
+    """Of a smaller memory, of which three rows take all; compiled, below, of the real one."""
+    batch = Batch([80, 5, 33, 0, 16], FLOAT32)
     want = batch.run()
-    batch.table_BP = np.pad(batch.table_BP, ((0, 0), (0, 65536 - P)))  # two rows are 512 KiB
+    monkeypatch.setattr(paged_attention_tpu, "_TABLE_BYTES", 3 * 4 * P)
     np.testing.assert_array_equal(batch.run(), want)
 
 
@@ -277,7 +288,8 @@ def test_what_has_no_kernel_is_named(more, answer):
 )
 def test_sizes_follow_the_kind_of_device(kind, dtype, B, sizes):
     pages = RowPages(jnp.zeros((1, 8, 16, 256), dtype), None)
-    assert default_sizes(pages, B, device_kind=kind) == sizes
+    blocks = tpu_blocks(kind, head_dim=128, page_size=16, dtype=dtype)
+    assert sizes_of(blocks, pages, B) == sizes
 
 
 # -- Compiled for TPUs that are not there ---------------------------------------------------------
@@ -304,28 +316,27 @@ def compiles_there(case: dict[str, Any]) -> bool:
     return is_supported(case | dict(kind=KINDS[case["topology"]]))
 
 
-def assert_compile(cases: list[dict[str, Any]], rows: dict[str, int]) -> None:
+def assert_compile(cases: list[dict[str, Any]]) -> None:
     script = Path(__file__).with_name("compile_for_tpu.py")
-    given = "\n".join(json.dumps(case | rows) for case in cases)
+    given = "\n".join(map(json.dumps, cases))
     done = subprocess.run([sys.executable, script], input=given, capture_output=True, text=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(cases), done.stderr[-2000:]
     for case, answer in zip(cases, answers, strict=True):
-        tokens = rows["B"] * rows["P"] * case["S"]
-        query_bytes = rows["B"] * case["Q"] * rows["K"] * case["G"] * row_lanes(case["C"]) * 4
+        B, K = case["B"], case["K"]
+        tokens = B * case["P"] * case["S"]
+        query_bytes = B * case["Q"] * K * case["G"] * row_lanes(case["C"]) * 4
         assert "error" not in answer, (case, answer["error"])
         narrow = case["dtype"] in ("int8", "float8_e4m3fn")
         assert answer["kernels"] >= (3 if narrow else 2), (case, answer)
         assert answer["aliased"] >= 0.99 * 2**31, (case, answer)
         assert answer["temporary"] <= 8 * query_bytes + 2**20, (case, answer)
-        assert answer["flops"] >= 4 * tokens * rows["K"] * case["G"] * case["Q"] * case["C"], (
+        assert answer["flops"] >= 4 * tokens * K * case["G"] * case["Q"] * case["C"], (
             case,
             answer,
         )
-        assert (
-            answer["bytes"]
-            >= tokens * rows["K"] * 2 * case["C"] * jnp.dtype(case["dtype"]).itemsize
-        ), case
+        read_bytes = tokens * K * 2 * case["C"] * jnp.dtype(case["dtype"]).itemsize
+        assert answer["bytes"] >= read_bytes, case
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -335,13 +346,10 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 def test_every_two_options_together_compile_for_tpus():
-    assert_compile(pairwise(FEW_COMPILED, compiles_there), ROWS)
-
-
-@needs_libtpu
-def test_a_table_beyond_scalar_memory_compiles():
-    case = dict(topology="v5e:2x2", dtype="bfloat16", C=128, S=16, G=4, Q=1)
-    assert_compile([case | dict(window=None, soft_cap=None, tp=1)], dict(B=256, P=2048, K=8))
+    """And a table beyond scalar memory, in the same process."""
+    wide = dict(topology="v5e:2x2", dtype="bfloat16", C=128, S=16, G=4, Q=1)
+    wide |= dict(window=None, soft_cap=None, tp=1, B=256, P=2048, K=8)
+    assert_compile([case | ROWS for case in pairwise(FEW_COMPILED, compiles_there)] + [wide])
 
 
 @needs_libtpu
@@ -352,4 +360,4 @@ def test_all_options_compile_for_tpus(topology: str):
     options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0], tp=[1])
     names = list(options)
     cases = [dict(zip(names, c, strict=True)) for c in itertools.product(*options.values())]
-    assert_compile([case for case in cases if compiles_there(case)], ROWS)
+    assert_compile([case | ROWS for case in cases if compiles_there(case)])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.config import KV_DTYPES
+from jaxserve.engine.kernel_choice import KernelChoice
 from jaxserve.errors import ConfigError
 from jaxserve.models.computed_profile import compute_profile
 from jaxserve.models.config import SHAPES
@@ -144,3 +146,30 @@ def test_computed_profiles_follow_the_devices() -> None:
 def test_every_shape_field_is_one_of_the_models() -> None:
     for config in SHAPES.values():
         assert ModelShape.of(config).sizes("float32").value_bytes == 4
+
+
+@pytest.mark.parametrize("kv_dtype", [name for name in KV_DTYPES if name != "auto"])
+@pytest.mark.parametrize("shape", ["tiny", "llama3-8b"])
+def test_a_cached_token_takes_what_its_pages_do(shape: str, kv_dtype: str) -> None:
+    """Scales included; the weights stay as they are."""
+    model, page_size = SHAPES[shape], 64
+    sizes = ModelShape.of(model).sizes("bfloat16", kv_dtype)
+    chosen = KernelChoice("pallas_gpu", "gpu", kv_dtype)
+    assert sizes.kv_bytes_per_token == chosen.bytes_per_token(model, page_size)
+    assert sizes.weight_bytes == ModelShape.of(model).sizes("bfloat16").weight_bytes
+
+
+def test_a_computed_profile_counts_the_type_of_its_pages_and_is_read_back(tmp_path) -> None:
+    def made(kv_dtype: str) -> Profile:
+        return compute_profile(
+            SHAPES["llama3-8b"], device="h200", num_devices=1, page_size=64, kv_dtype=kv_dtype
+        )
+
+    wide, narrow = made("auto"), made("int8")
+    assert made("bfloat16").time == wide.time
+    assert narrow.num_pages and wide.num_pages
+    assert narrow.num_pages / wide.num_pages == pytest.approx(2 * 128 / (128 + 4), rel=1e-3)
+    long = SliceShape(16, 64, 64 * 16 * 8192, 0)
+    assert narrow.time.slice_s(long) < 0.7 * wide.time.slice_s(long)
+    narrow.save(tmp_path / "narrow.json")
+    assert Profile.load(tmp_path / "narrow.json") == narrow

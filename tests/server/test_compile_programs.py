@@ -77,6 +77,7 @@ def make_report(**fields) -> DeploymentReport:
         device="TPU v5e",
         num_devices=4,
         dtype="bfloat16",
+        kv_dtype="bfloat16",
         kernels={},
         versions={},
         page_size=16,
@@ -111,6 +112,15 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_compiled() -> No
     done = compile_in_process("--model=random:llama3-70b", "--topology=v5e:2x2")
     assert done.returncode == 2 and "compiled" not in done.stderr
     assert "does not fit: 35.28 GB of weights on each of 4" in done.stderr
+
+
+@needs_libtpu
+def test_a_type_that_the_chip_has_not_is_refused_before_anything_is_compiled() -> None:
+    done = compile_in_process(
+        "--model=random:llama3-8b", "--topology=v5e:2x2", "--kv_dtype=float8_e4m3fn"
+    )
+    assert done.returncode == 2 and "compiled" not in done.stderr
+    assert "kv_dtype: got 'float8_e4m3fn'; allowed on TPU v5 lite, which has no fp8" in done.stderr
 
 
 @needs_libtpu
