@@ -23,9 +23,8 @@ STEP_S, ROW_S, FIXED_S, PROMPT_S = 5e-3, 1e-3, 5e-4, 1e-4
 
 
 def seconds(shape: SliceShape) -> float:
-    decode_steps = shape.steps - (shape.prefill_tokens > 0)
     step_s = STEP_S + ROW_S * math.log1p(shape.rows)
-    return FIXED_S + decode_steps * step_s + PROMPT_S * shape.prefill_tokens
+    return FIXED_S + shape.steps * step_s + PROMPT_S * shape.prefill_tokens
 
 
 def view(rows: int, *, now_s: float = 0.0, remaining: int = 500, **changes) -> SlicingView:
