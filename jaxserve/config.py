@@ -137,6 +137,11 @@ class SchedulerConfig:
         allowed = f"0, for --slicing={self.slicing} bounds no gap; --slicing=adaptive does"
         _require(kept, "max_gap_ms", self.max_gap_ms, allowed)
 
+    @property
+    def weighs_dispatch(self) -> bool:
+        """Whether the slicing plans by what a dispatch takes."""
+        return find_slicing(self.slicing).weighs_dispatch
+
     def make_slicing(self, *, max_context: int, dispatch_s: float = UNMEASURED_S) -> Slicing:
         """The slicing, for contexts of so many tokens and a device that takes so long to begin."""
         bounds = SliceBounds(

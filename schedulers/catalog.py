@@ -91,10 +91,11 @@ class AdmissionPolicy(Policy):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicingPolicy(Policy):
     """One slicing. `laws` are names of `rule_laws.SLICING_LAWS`; `bounds_gap`: it keeps to the
-    longest gap that it is given."""
+    longest gap that it is given; `weighs_dispatch`: what a dispatch takes matters to it."""
 
     make: Callable[[Any, SliceBounds], Slicing]
     bounds_gap: bool = False
+    weighs_dispatch: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +284,7 @@ _SLICINGS: Final = (
         parameters=AdaptiveParameters,
         laws=(*rule_laws.OF_EVERY_SLICING, "keeps_the_gap"),
         bounds_gap=True,
+        weighs_dispatch=True,
     ),
     SlicingPolicy(
         name="fixed",

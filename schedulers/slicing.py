@@ -169,11 +169,10 @@ class Adaptive:
     The first is least at S = sqrt(2 (H + F) B / r). (What a step with prompts costs beyond their
     tokens would be saved, too, by slices that gather prompts. Weighed as the others are, it made
     first tokens 5 to 25 % later at 50 to 100 % load on a modelled CPU, and nothing faster.)
-    Events are arrivals, estimated from their
-    gaps, and, only when there is a backlog, rows that end (hazard per token): an idle row
-    costs nothing that anybody waits for otherwise. With a backlog the slice may run to 2 S but ends
-    once r S rows have ended, which is what S stands for. Prompts cut by the token budget make it
-    one step: the next slice can take more of them at once.
+    Events are arrivals, estimated from their gaps, and, only when there is a backlog, rows that end
+    (hazard per token): an idle row costs nothing that anybody waits for otherwise. With a backlog
+    the slice may run to 2 S but ends once r S rows have ended, which is what S stands for. Prompts
+    cut by the token budget make it one step: the next slice can take more of them at once.
 
     `max_gap_s` bounds the predicted time of what is in flight, and so both the delivery gap of
     running streams and the wait for admission; where not even two steps fit into it, one slice at

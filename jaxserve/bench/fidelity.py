@@ -1,7 +1,7 @@
 """How far the simulator is from the engine: live runs of one replica, and their simulations.
 
-Server and client run on a core each. A live run of other requests gives the profile: slice times
-and the host's cost fitted to its event log, and the ways through the front end.
+Server and client run on a core each. Live runs of other requests give the profile: slice times and
+the host's cost fitted to their event logs, and the ways through the front end.
 """
 
 import asyncio

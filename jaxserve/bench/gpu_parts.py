@@ -314,19 +314,23 @@ def engine(seconds: float, report: Report) -> None:
     _run_batches(deployment, report)
 
 
-def _time_steps(deployment: _Deployment) -> Iterator[Numbers]:
+def _limits(deployment: _Deployment) -> Any:  # measure.Limits
     from jaxserve.engine.build import bench_limits
+
+    config, _, info, buckets = deployment
+    limits = bench_limits(config, max_context=info.config.max_context, num_pages=info.num_pages)
+    return replace(limits, buckets=buckets)
+
+
+def _time_steps(deployment: _Deployment) -> Iterator[Numbers]:
     from jaxserve.engine.measure import Point, SliceBench
     from jaxserve.models.profile import ModelShape
     from jaxserve.schedulers.estimators.roofline_time import DEVICES, RooflineTime
 
-    config, executor, info, buckets = deployment
-    model = info.config
-    limits = bench_limits(config, max_context=model.max_context, num_pages=info.num_pages)
-    limits = replace(limits, buckets=buckets)
-    bench = SliceBench(executor, limits)
+    config, executor, info, _ = deployment
+    bench = SliceBench(executor, _limits(deployment))
     # Bytes and products are the model's; the data sheet's rates are not read.
-    sizes = ModelShape.of(model).sizes(info.dtype, config.cache.kv_dtype)
+    sizes = ModelShape.of(info.config).sizes(info.dtype, config.cache.kv_dtype)
     counts = RooflineTime(sizes=sizes, device=DEVICES["h200"], num_devices=1)
     for rows, context in _steps():
         point = Point(_SLICE_STEPS, (context,) * rows)
@@ -345,11 +349,16 @@ def _time_steps(deployment: _Deployment) -> Iterator[Numbers]:
 def _run_batches(deployment: _Deployment, report: Report) -> None:
     """The batch twice, after a short one that warms up."""
     from jaxserve.bench.offline import run_batch
+    from jaxserve.engine.measure_dispatch import measure_dispatch
 
     wanted, vocab_size = batch(), deployment.info.config.vocab_size
     runs: list[Numbers] = []
     report.save(batch=wanted._asdict(), runs=runs)
-    serve: Callable[..., WorkloadResult] = partial(run_batch, *deployment[:3])
+    dispatch_s = measure_dispatch(deployment.executor, _limits(deployment))
+    report.save(dispatch_s=dispatch_s)
+    serve: Callable[..., WorkloadResult] = partial(
+        run_batch, *deployment[:3], dispatch_s=dispatch_s
+    )
     serve(wanted.requests(vocab_size, output_tokens=8, seed=0))
     for seed in (1, 2):
         requests = wanted.requests(vocab_size, output_tokens=wanted.output_tokens, seed=seed)

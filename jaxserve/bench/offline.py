@@ -19,16 +19,23 @@ from jaxserve.engine.driver import EngineDriver
 from jaxserve.engine.executor import Executor
 from jaxserve.models.info import ModelInfo
 from jaxserve.request import Delta, Request, SamplingParams
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
 
 
 def run_batch(
-    config: EngineConfig, executor: Executor, info: ModelInfo, wanted: Sequence[Wanted]
+    config: EngineConfig,
+    executor: Executor,
+    info: ModelInfo,
+    wanted: Sequence[Wanted],
+    *,
+    dispatch_s: float = UNMEASURED_S,
 ) -> WorkloadResult:
     """Greedy, every output as long as asked for, from the first submission to the last token.
+    `dispatch_s` is what an engine measures when it starts.
 
     Raises RuntimeError when a request is refused or the engine fails.
     """
-    core = EngineCore(core_config(config, info.config, info.num_pages))
+    core = EngineCore(core_config(config, info.config, info.num_pages, dispatch_s))
     left, meter, over = len(wanted), Meter(), threading.Event()
     failures: list[BaseException] = []
 

@@ -47,9 +47,11 @@ def build_engine(
         check_vocabulary(tokenizer, model.vocab_size)
     if config.executor == "jax":
         executor, info, compiles = build_jax(config, source, model, progress)
-        limits = bench_limits(config, max_context=model.max_context, num_pages=info.num_pages)
-        dispatch_s = measure_dispatch(executor, limits)
-        progress(f"a slice takes {1e3 * dispatch_s:.2f} ms beyond its steps")
+        dispatch_s = UNMEASURED_S
+        if config.scheduler.weighs_dispatch:
+            limits = bench_limits(config, max_context=model.max_context, num_pages=info.num_pages)
+            dispatch_s = measure_dispatch(executor, limits)
+            progress(f"a slice takes {1e3 * dispatch_s:.2f} ms beyond its steps")
     else:
         executor, info, dispatch_s = _build_scripted(config, model)
         compiles = Compiles
@@ -130,7 +132,7 @@ def _build_scripted(config: EngineConfig, model: ModelConfig) -> tuple[Executor,
         num_devices=0,
     )
     dispatch_s = UNMEASURED_S
-    if pace is not None:
+    if pace is not None and config.scheduler.weighs_dispatch:
         limits = bench_limits(config, max_context=model.max_context, num_pages=num_pages)
         dispatch_s = predicted_dispatch(pace, limits, vocab_size=model.vocab_size)
     return executor, info, dispatch_s

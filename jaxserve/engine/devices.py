@@ -14,6 +14,7 @@ from jaxserve.models.partition import can_share, share_of, tensor_mesh
 
 # Measured on 2 cores only; each device more makes every sum over devices dearer.
 _MOST_CPU_DEVICES: Final = 4
+_SAY_PLATFORMS: Final = ("JAX_FORCE_TPU_INIT", "PJRT_NAMES_AND_LIBRARY_PATHS")  # to JAX
 _GOOGLE: Final = "0x1ae0"  # as a vendor of PCI devices
 
 
@@ -44,7 +45,7 @@ def name_lone_platform() -> None:
     With libtpu installed it looks for TPUs otherwise, and libtpu writes its own lines about not
     finding any. Where there may be a TPU, or a plug-in brings another platform, JAX decides alone.
     """
-    told = jax.config.values["jax_platforms"] or os.environ.get("JAX_FORCE_TPU_INIT")
+    told = jax.config.values["jax_platforms"] or any(map(os.environ.get, _SAY_PLATFORMS))
     if told or importlib.util.find_spec("libtpu") is None or may_have_tpu():
         return
     if entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):

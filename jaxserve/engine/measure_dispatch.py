@@ -36,7 +36,8 @@ def measure_dispatch(executor: Executor, limits: Limits, *, seconds: float = _SE
         clock=time.monotonic,
         progress=lambda _: None,
     )
-    step_s = (several.median_s - one.median_s) / (steps - 1)
+    # Where noise makes the longer slice the shorter one, a dispatch is no more than a slice.
+    step_s = max(0.0, several.median_s - one.median_s) / (steps - 1)
     return max(_LEAST_S, one.median_s - step_s)
 
 

@@ -19,6 +19,7 @@ from jaxserve.report.recorder import Recorder
 from jaxserve.request import Limits
 from jaxserve.schedulers.catalog import find_order, make_routing, require_told
 from jaxserve.schedulers.estimators.memory import KvMemory
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
 from jaxserve.schedulers.estimators.slice_time import NoisyTime, SliceTime
 from jaxserve.schedulers.pool.catalog import POOLS
 from jaxserve.schedulers.routing.catalog import Need
@@ -190,6 +191,8 @@ def build_fleet(
 
 
 def _measured_dispatch_s(deployment: Deployment, buckets: Buckets) -> float:
+    if not deployment.engine.scheduler.weighs_dispatch:
+        return UNMEASURED_S
     limits = bench_limits(
         deployment.engine, max_context=deployment.max_context, num_pages=deployment.num_pages
     )

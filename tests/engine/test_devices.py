@@ -17,6 +17,13 @@ from jaxserve.models.config import SHAPES
 print(open_mesh("tp=1", SHAPES["tiny"]).devices.flat[0].platform, jax.default_backend())
 """
 
+NAMED = """
+import jax
+from jaxserve.engine.devices import name_lone_platform
+name_lone_platform()
+print(jax.config.values["jax_platforms"])
+"""
+
 
 @pytest.mark.parametrize(
     "path,text,answer",
@@ -34,16 +41,31 @@ def test_what_could_be_a_tpu_is_left_to_jax(tmp_path: Path, path, text, answer) 
     assert may_have_tpu(tmp_path) is answer
 
 
-@pytest.mark.skipif(
+needs_cpu_alone = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None
     or importlib.util.find_spec("jax_plugins") is not None
     or may_have_tpu(),
     reason="needs libtpu and a machine with nothing but a CPU",
 )
+
+
+@needs_cpu_alone
 def test_libtpu_is_silent_where_there_is_no_tpu() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run(LOOK)
     assert (done.stdout, done.stderr) == ("cpu cpu\n", "")
+
+
+@needs_cpu_alone
+@pytest.mark.parametrize(
+    "variable,platforms", [("PJRT_NAMES_AND_LIBRARY_PATHS", None), ("UNHEARD_OF", "cpu")]
+)
+def test_a_platform_that_the_environment_brings_is_left_to_jax(variable, platforms) -> None:
+    assert run(NAMED, **{variable: "npu:/opt/npu.so"}).stdout == f"{platforms}\n"
+
+
+def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **more}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )

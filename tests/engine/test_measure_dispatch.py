@@ -13,7 +13,7 @@ from jaxserve.engine.measure import Limits
 from jaxserve.engine.measure_dispatch import predicted_dispatch
 from jaxserve.engine.scripted import Pace
 from jaxserve.schedulers.estimators.fitted_time import Curve, FittedTime
-from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S
+from jaxserve.schedulers.estimators.serving_time import UNMEASURED_S, SliceShape
 
 TRUTH = FittedTime(
     dispatch_s=2e-3,
@@ -67,3 +67,25 @@ def test_an_engine_says_and_logs_what_it_plans_with(executor: str, tmp_path: Pat
     assert logged == driver.core.config.dispatch_s
     assert (logged == UNMEASURED_S) == (executor == "mock")
     assert any(line.startswith("a slice takes ") for line in said) == (executor == "jax")
+
+
+def test_noise_makes_no_dispatch_longer_than_a_slice() -> None:
+    falling = FittedTime(dispatch_s=5e-3, step_s=Curve((1,), (-1e-4,)), attended_s=0.0)
+    pace = Pace(falling, Buckets(LIMITS.buckets, tile=LIMITS.tile))
+    shortest_s = falling.slice_s(SliceShape(1, 1, 8, 0))
+    assert predicted_dispatch(pace, LIMITS, vocab_size=97) == pytest.approx(shortest_s)
+
+
+@pytest.mark.parametrize("slicing", ["adaptive", "fixed", "sequence"])
+def test_it_is_measured_for_slicings_that_weigh_it(slicing: str) -> None:
+    config = EngineConfig(
+        model="random:llama-14m",
+        executor="paced",
+        profile="cpu-1core-llama-14m-f32",
+        cache=CacheConfig(page_size=64, num_pages=64),
+        scheduler=SchedulerConfig(slicing=slicing),
+    )
+    driver = build_engine(
+        config, on_report=lambda *_: None, on_failure=lambda _: None, progress=lambda _: None
+    )
+    assert (driver.core.config.dispatch_s != UNMEASURED_S) == (slicing == "adaptive")
