@@ -82,6 +82,8 @@ def answer(line: str) -> dict:
         return {"error": f"{type(e).__name__}: {e}"[:2000]}
 
 
+# Before there are threads: two that load libtpu at once get in each other's way.
+topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 with ThreadPoolExecutor(2) as pool:
     for found in pool.map(answer, sys.stdin):
         print(json.dumps(found), flush=True)
