@@ -337,7 +337,9 @@ PROGRAMS: Final = Group(
 COMPILATION: Final = Group(
     "compilation",
     (
-        Flag("topology", CompileConfig, "topology", "chips to compile for, such as v5e:2x2"),
+        Flag(
+            "topology", CompileConfig, "topology", "chips to compile for, such as v5e:2x2 or h200:1"
+        ),
         Flag("json", CompileConfig, "json", "report in JSON; empty: none"),
     ),
 )

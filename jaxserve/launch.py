@@ -85,7 +85,7 @@ COMMANDS: Final = {
         (table.CONVERSION,),
     ),
     "compile": Command(
-        "compile a deployment for TPUs that are not there, and say whether it fits",
+        "compile a deployment for chips that are not there, and say whether it fits",
         "jaxserve.server.compile_programs",
         "jaxserve compile --model=random:llama3-8b --topology=v5e:2x2",
         (table.COMPILATION, table.COMPILED_MODEL, table.COMPILED_MEMORY, table.PROGRAMS),

@@ -184,7 +184,7 @@ class CompileConfig:
     json: str = ""
 
     def __post_init__(self) -> None:
-        _require(bool(self.topology), "topology", self.topology, "one such as v5e:2x2")
+        _require(bool(self.topology), "topology", self.topology, "one such as v5e:2x2 or h200:1")
 
 
 def _is_number(text: str) -> bool:

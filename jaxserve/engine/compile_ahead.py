@@ -1,15 +1,17 @@
-"""Compiles a deployment's programs for TPUs that are not there, and says what they would take.
+"""Compiles a deployment's programs for chips that are not there, and says what they would take.
 
 The programs are those that serving compiles (programs.py), from shapes alone: no weights are made.
-The compiler is the TPU's own, libtpu, in a process that was prepared for it before it loaded JAX.
+The compiler is the chip's own, libtpu or XLA's for CUDA with NVIDIA's assembler, in a process that
+was prepared for it before it loaded JAX.
 """
 
 import math
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Hashable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,19 +23,34 @@ from jaxserve import __version__
 from jaxserve.config import EngineConfig
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.build import serving_buckets, serving_dtype, serving_pages, serving_shape
-from jaxserve.engine.compile_report import DeploymentReport, ProgramReport, Step, gigabytes
+from jaxserve.engine.compile_report import (
+    DeploymentReport,
+    KernelReport,
+    ProgramReport,
+    Step,
+    gigabytes,
+)
+from jaxserve.engine.gpu_facts import HostWork, KernelFacts, host_work, pallas_kernels, thunks
 from jaxserve.engine.hlo_facts import collectives, copies
 from jaxserve.engine.kernel_choice import KernelChoice, choose_kernels
 from jaxserve.engine.programs import Program, Programs, Progress
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.gpu_target import GPU_LIMITS, target_config
 from jaxserve.models.partition import spread_config, tensor_mesh
 from jaxserve.models.profile import ModelShape
-from jaxserve.models.tpu_topology import Topology
+from jaxserve.models.topology import Topology
 from jaxserve.schedulers.estimators.roofline_time import RooflineTime
 
 CONTEXT: Final = 1024
 """Tokens of each row that a step is estimated at, unless the pool or the model holds fewer."""
+
+_COMPILERS: Final = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12"),
+}
+_GPU_SHARE: Final = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # environment variable, read by JAX
+_GPU_SHARE_DEFAULT: Final = 0.75
 
 # How HLO spells the types that pages are stored in.
 _HLO_TYPES: Final = {
@@ -57,7 +74,7 @@ def compile_ahead(
     programs, kernels, weight_bytes = _programs(config, model, mesh, topology)
     pool_bytes = _chip_bytes(programs.state.pages)
     state_bytes = _chip_bytes(programs.state)
-    memory_bytes = int(topology.device.memory_bytes)
+    memory_bytes = _usable_bytes(topology)
     if weight_bytes + state_bytes > memory_bytes:
         raise ConfigError(
             f"num_pages: got {programs.num_pages}; does not fit: {gigabytes(weight_bytes)} of"
@@ -87,7 +104,7 @@ def compile_ahead(
         kernels=kernels.names(),
         versions={
             "jaxserve": __version__,
-            **{name: version(name) for name in ("jax", "jaxlib", "libtpu")},
+            **_versions("jax", "jaxlib", *_COMPILERS[topology.platform]),
         },
         page_size=programs.page_size,
         num_pages=programs.num_pages,
@@ -95,17 +112,38 @@ def compile_ahead(
         max_context=model.max_context,
         context=context,
         memory_bytes=memory_bytes,
+        memory_share=_memory_share(topology),
         weight_bytes=weight_bytes,
         pool_bytes=pool_bytes,
         state_bytes=state_bytes - pool_bytes,
         compile_s=time.monotonic() - started_s,
         programs=tuple(reports[key] for key in sorted(reports, key=_place)),
+        gpu_kernels=inspector.kernels(),
     )
+
+
+def _memory_share(topology: Topology) -> float:
+    """What a process may take of a chip's memory: of a GPU, as much as JAX allocates at start."""
+    if topology.platform == "tpu":
+        return 1.0
+    return float(os.environ.get(_GPU_SHARE, _GPU_SHARE_DEFAULT))
+
+
+def _usable_bytes(topology: Topology) -> int:
+    return int(topology.device.memory_bytes * _memory_share(topology))
 
 
 def topology_mesh(mesh: str, topology: Topology) -> Mesh:
     """All chips of the topology, or as many as `mesh` says. Raises ConfigError for more."""
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    if topology.platform == "tpu":
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    else:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=target_config(topology.chip),
+            topology=f"1x1x{topology.num_chips}",  # machines, processes of each, GPUs of each
+        )
+    found = described.devices
     wanted = len(found) if mesh == "auto" else int(mesh.removeprefix("tp="))
     return tensor_mesh(wanted, found)
 
@@ -114,7 +152,7 @@ def _programs(
     config: EngineConfig, model: ModelConfig, mesh: Mesh, topology: Topology
 ) -> tuple[Programs, KernelChoice, int]:
     """The programs with as many pages as serving would take, and the weights' bytes per chip."""
-    dtype = serving_dtype(config, "tpu")
+    dtype = serving_dtype(config, topology.platform)
     held = spread_config(model, mesh.size)
     chosen = choose_kernels(config, held, dtype=dtype, device=mesh.devices.flat[0])
 
@@ -132,10 +170,10 @@ def _programs(
         )
 
     weight_bytes = _chip_bytes(made(2).weights)
-    free_bytes = int(topology.device.memory_bytes) - weight_bytes
+    free_bytes = _usable_bytes(topology) - weight_bytes
     if free_bytes <= 0:
         raise ConfigError(
-            f"topology: got {topology.name}, {gigabytes(topology.device.memory_bytes)} a chip;"
+            f"topology: got {topology.name}, {gigabytes(_usable_bytes(topology))} a chip;"
             f" does not fit: {gigabytes(weight_bytes)} of weights on each of {mesh.size}; allowed:"
             " more or larger chips"
         )
@@ -148,7 +186,7 @@ def _explained(error: Exception, topology: Topology) -> ConfigError:
     reason = str(error).partition("\n")[0]
     if "RESOURCE_EXHAUSTED" in reason:
         return ConfigError(f"topology: got {topology.name}; does not fit: {reason}")
-    return ConfigError(f"topology: got {topology.name}; the TPU's compiler failed: {reason}")
+    return ConfigError(f"topology: got {topology.name}; its compiler failed: {reason}")
 
 
 def _place(key: Hashable) -> tuple[bool, int, int]:
@@ -156,12 +194,27 @@ def _place(key: Hashable) -> tuple[bool, int, int]:
     return (False, key.tiles, key.rows) if isinstance(key, Bucket) else (True, 0, 0)
 
 
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 class _Inspector:
     """Compiles programs and keeps what can be said of them, not the programs."""
 
     def __init__(self, programs: Programs, model: ModelConfig, topology: Topology, context: int):
         self._tile, self._context = programs.shape.tile, context
-        self._pool_sizes = _pool_sizes(programs)
+        self._pool_sizes, self._limits = _pool_sizes(programs), GPU_LIMITS.get(topology.chip)
+        self._options: dict[str, Any] = {"xla_dump_hlo_as_text": True}
+        if self._limits is not None:
+            self._options["xla_gpu_autotune_level"] = 0  # there is nothing to measure on
+        self._kernels: dict[str, list[KernelFacts]] = defaultdict(list)
         self._time = RooflineTime(
             sizes=ModelShape.of(model).sizes(programs.dtype.name, programs.kv_dtype),
             device=topology.device,
@@ -176,10 +229,12 @@ class _Inspector:
         """
         bucket = program.key if isinstance(program.key, Bucket) else None
         started_s = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="jaxserve-compile-") as folder:
-            compiled = program.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        with tempfile.TemporaryDirectory(prefix="jaxserve-compile-") as name:
+            folder = Path(name)
+            compiled = program.compile({"xla_dump_to": name, **self._options})
             seconds = time.monotonic() - started_s
-            text = max(Path(folder).glob("*.after_optimizations.txt"), key=_size).read_text()
+            text = max(folder.glob("*after_optimizations.txt"), key=_size).read_text()
+            host = self._seen_of_gpu(folder, text) if self._limits is not None else None
         memory = compiled.memory_analysis()
         model_steps = 2 if bucket is not None and bucket.tiles else 1  # step 0, the loop's body
         return ProgramReport(
@@ -191,7 +246,20 @@ class _Inspector:
             pool_copies=copies(text, self._pool_sizes),
             collectives={name: count / model_steps for name, count in collectives(text).items()},
             step=None if bucket is None else self._step(bucket),
+            host=host,
         )
+
+    def _seen_of_gpu(self, folder: Path, text: str) -> HostWork:
+        for facts in pallas_kernels(folder, text):
+            self._kernels[facts.name].append(facts)
+        return host_work(thunks(folder))
+
+    def kernels(self) -> tuple[KernelReport, ...]:
+        """The Pallas kernels of all programs compiled so far, if a GPU's."""
+        if self._limits is None:
+            return ()
+        names = sorted(self._kernels)
+        return tuple(KernelReport.of(self._kernels[name], self._limits) for name in names)
 
     def _step(self, bucket: Bucket) -> Step:
         """Every row decodes over `context` tokens, beside as many prompt tokens as there are."""

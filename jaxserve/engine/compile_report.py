@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from jaxserve.engine.gpu_facts import HostWork, KernelFacts
+from jaxserve.models.gpu_target import GpuLimits
 
 SCHEMA: Final = "jaxserve.compile/1"
 
@@ -23,7 +26,8 @@ class ProgramReport:
     """One compiled program. `aliased_bytes` of its results lie where its arguments did.
 
     `pool_copies` counts what makes a new array as large as the KV pool or a layer of it.
-    `collectives` are those of one model step. `step` is None for programs that run no model.
+    `collectives` are those of one model step. `step` is None for programs that run no model,
+    `host` where a program is one launch (TPU).
     """
 
     name: str
@@ -34,6 +38,39 @@ class ProgramReport:
     pool_copies: Mapping[str, int]
     collectives: Mapping[str, float]
     step: Step | None
+    host: HostWork | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelReport:
+    """A Pallas kernel on a GPU: over all programs the most that it takes, and how many of its own
+    programs a multiprocessor holds at once, at least."""
+
+    name: str
+    threads: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    per_core: int
+
+    @staticmethod
+    def of(found: Sequence[KernelFacts], limits: GpuLimits) -> "KernelReport":
+        """From the same kernel as it stands in several programs."""
+        return KernelReport(
+            name=found[0].name,
+            threads=max(facts.threads for facts in found),
+            registers=max(facts.registers for facts in found),
+            spilled_bytes=max(facts.spilled_bytes for facts in found),
+            shared_bytes=max(facts.shared_bytes for facts in found),
+            per_core=min(
+                limits.programs_per_core(
+                    registers=facts.registers,
+                    threads=facts.threads,
+                    shared_bytes=facts.shared_bytes,
+                )
+                for facts in found
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +78,8 @@ class DeploymentReport:
     """A model on a topology. Bytes are of one chip.
 
     Each kv head is held `kv_copies` times, and counted so. `context` tokens of each row is what
-    steps are estimated at. `state_bytes` is what slots hold beside pages: counts and biases.
+    steps are estimated at. `memory_bytes` are `memory_share` of a chip's: what a process may take.
+    `state_bytes` is what slots hold beside pages: counts and biases.
     """
 
     model: str
@@ -59,11 +97,13 @@ class DeploymentReport:
     max_context: int
     context: int
     memory_bytes: int
+    memory_share: float
     weight_bytes: int
     pool_bytes: int
     state_bytes: int
     compile_s: float
     programs: tuple[ProgramReport, ...]
+    gpu_kernels: tuple[KernelReport, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pkgutil
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ from jaxserve.models.partition import can_share, share_of, tensor_mesh
 # Measured on 2 cores only; each device more makes every sum over devices dearer.
 _MOST_CPU_DEVICES: Final = 4
 _SAY_PLATFORMS: Final = ("JAX_FORCE_TPU_INIT", "PJRT_NAMES_AND_LIBRARY_PATHS")  # to JAX
+_CUDA_PLUGINS: Final = frozenset({"xla_cuda12", "xla_cuda13"})
 _GOOGLE: Final = "0x1ae0"  # as a vendor of PCI devices
 
 
@@ -42,15 +44,30 @@ def open_mesh(mesh: str, config: ModelConfig) -> Mesh:
 def name_lone_platform() -> None:
     """Tell JAX that it runs on the CPU where it could find nothing else, if nobody told it.
 
-    With libtpu installed it looks for TPUs otherwise, and libtpu writes its own lines about not
-    finding any. Where there may be a TPU, or a plug-in brings another platform, JAX decides alone.
+    With a compiler for absent chips installed it looks for the chips otherwise: libtpu writes its
+    own lines about not finding any, and the plug-in for CUDA about libraries that only a GPU needs.
+    Where there may be such a chip, or another plug-in brings a platform, JAX decides alone.
     """
     told = jax.config.values["jax_platforms"] or any(map(os.environ.get, _SAY_PLATFORMS))
-    if told or importlib.util.find_spec("libtpu") is None or may_have_tpu():
-        return
-    if entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins"):
+    plugins = _plugins()
+    looks = importlib.util.find_spec("libtpu") is not None or plugins
+    if told or not looks or may_have_tpu() or may_have_gpu() or plugins - _CUDA_PLUGINS:
         return
     jax.config.update("jax_platforms", "cpu")
+
+
+def _plugins() -> set[str]:
+    """The plug-ins that JAX would load, by module."""
+    found = {entry.value.rpartition(".")[2] for entry in entry_points(group="jax_plugins")}
+    spec = importlib.util.find_spec("jax_plugins")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return found | {module.name for module in pkgutil.iter_modules(folders)}
+
+
+def may_have_gpu(root: Path = Path("/")) -> bool:
+    """Whether there is a device node that CUDA could use: of a card, a board, or under Windows."""
+    names = ("dev/nvidia*", "dev/nvhost*", "dev/nvmap", "dev/dxg")
+    return any(True for name in names for _ in root.glob(name))
 
 
 def may_have_tpu(root: Path = Path("/")) -> bool:

@@ -1,4 +1,4 @@
-"""`jaxserve compile`: every program of a deployment, by the TPU's compiler, on any machine.
+"""`jaxserve compile`: every program of a deployment, by the chip's own compiler, on any machine.
 
 The report goes to stdout, progress to stderr. Exit codes: 0 it fits, 2 it does not, or something
 else the user can mend, 130 interrupted.
@@ -17,7 +17,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings
 from jaxserve.models.sources import load_model_config, parse_source
-from jaxserve.models.tpu_topology import Topology, parse_topology
+from jaxserve.models.topology import Topology, parse_topology
 from jaxserve.server.logs import set_up_logging
 from jaxserve.server.progress import ProgressDisplay
 from jaxserve.server_config import CompileConfig, LogConfig
@@ -27,16 +27,10 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED: Final = 130
 
-_COLUMNS: Final = (
-    "compile s",
-    "temp MB",
-    "KV aliased",
-    "KV copies",
-    "GFLOP",
-    "GB",
-    "ms",
-    "per step",
-)
+_CUDA_PLUGINS: Final = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_COLUMNS: Final = ("compile s", "temp MB", "KV aliased", "KV copies")
+_HOST_COLUMNS: Final = ("host waits", "launches")
+_STEP_COLUMNS: Final = ("GFLOP", "GB", "ms", "per step")
 _FILE_WIDTH: Final = 140
 
 
@@ -67,16 +61,39 @@ def main(settings: Settings) -> int:
 
 
 def prepare_process(topology: Topology) -> None:
-    """Tell JAX and libtpu, before they are loaded, of chips that are not there.
+    """Tell JAX and the compiler, before they are loaded, of chips that are not there.
 
-    Raises ConfigError when there is no libtpu.
+    Raises ConfigError when there is no compiler.
     """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what compiles needs no device, and must not wait for one
+    if topology.platform == "gpu":
+        _prepare_for_gpu()
+    else:
+        _prepare_for_tpu(topology)
+
+
+def _prepare_for_gpu() -> None:
+    if not any(map(_is_installed, _CUDA_PLUGINS)):
+        raise ConfigError(
+            "topology: needs JAX's plug-in for CUDA, which has the compiler; try pip install"
+            " 'jaxserve[gpu-compile]'"
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of the driver that is not there
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def _prepare_for_tpu(topology: Topology) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "topology: needs libtpu, which has the TPU's compiler; try pip install 'jaxserve[tpu]'"
         )
     os.environ |= {
-        "JAX_PLATFORMS": "cpu",  # what compiles needs no device, and must not wait for one
         "TPU_SKIP_MDS_QUERY": "1",  # a machine in a cloud would be asked what it is
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": topology.accelerator_type,
@@ -100,11 +117,14 @@ def show(report: "DeploymentReport", console: Console) -> None:
     _say(console, f"{len(report.programs)} programs in {report.compile_s:.0f} s; {versions}")
     _show_memory(report, console)
     _show_programs(report, console)
+    if report.gpu_kernels:
+        _show_kernels(report, console)
 
 
 def _show_memory(report: "DeploymentReport", console: Console) -> None:
     table = Table("per chip", "GB", "", box=None, pad_edge=False)
     copies = f", each kv head held {report.kv_copies} times" * (report.kv_copies > 1)
+    share = f", {report.memory_share:.0%} of its memory" * (report.memory_share < 1)
     rows = {
         "weights": (report.weight_bytes, ""),
         "KV pages": (
@@ -117,8 +137,13 @@ def _show_memory(report: "DeploymentReport", console: Console) -> None:
             report.temporary_bytes,
             f"at most; {report.temporary_bytes / report.pool_bytes:.1%} of the KV pages",
         ),
-        "code": (report.code_bytes, f"of {len(report.programs)} programs"),
-        "in all": (report.used_bytes, f"of {report.memory_bytes / 1e9:.2f} (data sheet)"),
+        "code": (
+            report.code_bytes,
+            f"of {len(report.programs)} programs"
+            if report.code_bytes
+            else "its compiler says none",
+        ),
+        "in all": (report.used_bytes, f"of {report.memory_bytes / 1e9:.2f}{share} (data sheet)"),
     }
     for name, (num_bytes, remark) in rows.items():
         table.add_row(name, f"{num_bytes / 1e9:.2f}", remark)
@@ -127,9 +152,11 @@ def _show_memory(report: "DeploymentReport", console: Console) -> None:
 
 
 def _show_programs(report: "DeploymentReport", console: Console) -> None:
+    has_host = any(program.host is not None for program in report.programs)
+    columns = (*_COLUMNS, *(_HOST_COLUMNS if has_host else ()), *_STEP_COLUMNS)
     table = Table("program", box=None, pad_edge=False)
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == _COLUMNS[-1] else "right", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="left" if name == columns[-1] else "right", no_wrap=True)
     for program in report.programs:
         sums = ", ".join(f"{count:g} {name}" for name, count in program.collectives.items())
         cells = [
@@ -138,6 +165,8 @@ def _show_programs(report: "DeploymentReport", console: Console) -> None:
             "yes" if program.aliased_bytes >= report.pool_bytes else "NO",
             str(sum(program.pool_copies.values()) or "none"),
         ]
+        if program.host is not None:
+            cells += [str(program.host.waits), str(program.host.step_launches or "")]
         if program.step is not None:
             cells += [
                 f"{program.step.flops / 1e9:.1f}",
@@ -152,6 +181,22 @@ def _show_programs(report: "DeploymentReport", console: Console) -> None:
         f"a step: of one chip, every row over {report.context} tokens, by counting; ms by the"
         " roofline of the data sheet with assumed efficiencies, not measured",
     )
+
+
+def _show_kernels(report: "DeploymentReport", console: Console) -> None:
+    table = Table("kernel", box=None, pad_edge=False)
+    for name in ("threads", "registers", "spilled B", "shared kB", "a multiprocessor holds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kernel in report.gpu_kernels:
+        table.add_row(
+            kernel.name,
+            str(kernel.threads),
+            str(kernel.registers),
+            str(kernel.spilled_bytes or "none"),
+            f"{kernel.shared_bytes / 1024:.1f}",
+            str(kernel.per_core),
+        )
+    console.print(table, highlight=False)
 
 
 def _console() -> Console:

@@ -81,6 +81,15 @@ DEVICES: Final[dict[str, Device]] = {
         source="NVIDIA H200 data sheet, SXM: 141 GB, 4.8 TB/s, 1,979 TFLOPS bf16 with sparsity"
         " (half of it dense), NVLink 900 GB/s in both directions together",
     ),
+    "h100": Device(
+        kind="NVIDIA H100 80GB HBM3",
+        memory_bytes=80e9,
+        memory_bytes_per_s=3.35e12,
+        flops=989e12,
+        link_bytes_per_s=450e9,
+        source="NVIDIA H100 data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS bf16 with sparsity"
+        " (half of it dense), NVLink 900 GB/s in both directions together",
+    ),
     "a100": Device(
         kind="NVIDIA A100-SXM4-80GB",
         memory_bytes=80e9,

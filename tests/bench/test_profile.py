@@ -23,7 +23,10 @@ def test_a_computed_profile_is_written_and_reported(tmp_path: Path, capsys) -> N
     [
         ((), "output: got ''; allowed: a file"),
         (("--output=x", "--minutes=0"), "minutes: got 0.0; allowed: a positive number"),
-        (("--output=x", "--computed"), "device: got ''; allowed: one of h200, a100, v5e, v5p, v6e"),
+        (
+            ("--output=x", "--computed"),
+            "device: got ''; allowed: one of h200, h100, a100, v5e, v5p, v6e",
+        ),
         (("--output=x", "--device=v5e"), "device: got 'v5e'; allowed: one of h200"),
         (
             ("--output=x", "--computed", "--device=v5e", "--model=random:llama3-70b"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine.devices import may_have_tpu
+from jaxserve.engine.devices import may_have_gpu, may_have_tpu
 
 LOOK = """
 import jax
@@ -41,16 +41,24 @@ def test_what_could_be_a_tpu_is_left_to_jax(tmp_path: Path, path, text, answer) 
     assert may_have_tpu(tmp_path) is answer
 
 
+@pytest.mark.parametrize(
+    "path,answer",
+    [("dev/nvidia0", True), ("dev/nvidiactl", True), ("dev/dxg", True), ("dev/null", False)],
+)
+def test_what_could_be_a_gpu_is_left_to_jax(tmp_path: Path, path, answer) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("")
+    assert may_have_gpu(tmp_path) is answer
+
+
 needs_cpu_alone = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None
-    or importlib.util.find_spec("jax_plugins") is not None
-    or may_have_tpu(),
+    importlib.util.find_spec("libtpu") is None or may_have_tpu() or may_have_gpu(),
     reason="needs libtpu and a machine with nothing but a CPU",
 )
 
 
 @needs_cpu_alone
-def test_libtpu_is_silent_where_there_is_no_tpu() -> None:
+def test_compilers_are_silent_where_there_is_no_chip() -> None:
     done = run(LOOK)
     assert (done.stdout, done.stderr) == ("cpu cpu\n", "")
 

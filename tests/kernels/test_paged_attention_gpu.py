@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -211,3 +212,45 @@ def test_options_lower_for_cuda(options):
 @pytest.mark.parametrize("options", MATRIX, ids=str)
 def test_all_options_lower_for_cuda(options):
     check_lowered(*options)
+
+
+# -- Compiled for GPUs that are not there ---------------------------------------------------------
+
+# Pages of the default size: every type and both kernels. The assembler takes a second for each.
+FEW_COMPILED = tuple(case for case in PAIRWISE if case[2] == 64)
+needs_ptxas = pytest.mark.skipif(
+    find_spec("jax_plugins") is None or find_spec("nvidia") is None,
+    reason="needs NVIDIA's compilers; try pip install 'jaxserve[gpu-compile]'",
+)
+
+
+def chip_case(options, topology) -> dict[str, Any]:
+    case = Options(*options)._asdict() | dict(topology=topology, tp=1, B=64, P=256, K=8)
+    short = dict(queries="Q", head_dim="C", page_size="S", stored="dtype", group="G")
+    return {short.get(name, name): value for name, value in case.items()}
+
+
+def assert_compiled(answers) -> None:
+    """In place, and in registers: what little spills may be at the largest heads."""
+    for case, answer in answers:
+        names = {kernel["name"] for kernel in answer["kernels"]}
+        one_query = {"paged_attention_decode", "paged_attention_join"}
+        assert names == {"kv_write"} | (one_query if case["Q"] == 1 else {"paged_attention_tiles"})
+        assert answer["aliased"] >= 0.99 * 2**30, (case, answer)
+        for kernel in answer["kernels"]:
+            assert kernel["spilled_bytes"] <= (64 if case["C"] == 256 else 0), (case, kernel)
+            assert 0 < kernel["registers"] <= 255 and kernel["shared_bytes"] <= 227 << 10
+
+
+@needs_ptxas
+def test_options_compile_for_gpus(compile_for_chips):
+    assert_compiled(compile_for_chips([chip_case(case, "h200:1") for case in FEW_COMPILED]))
+
+
+@needs_ptxas
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("stored", VALUES["stored"])
+def test_all_options_compile_for_gpus(stored, compile_for_chips):
+    chosen = [options for options in MATRIX if options.stored == stored]
+    assert_compiled(compile_for_chips([chip_case(case, "h200:1") for case in chosen]))

@@ -4,13 +4,9 @@ Then compiled by the real TPU compiler, where libtpu is installed; no TPU is nee
 """
 
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -316,25 +312,17 @@ def compiles_there(case: dict[str, Any]) -> bool:
     return is_supported(case | dict(kind=KINDS[case["topology"]]))
 
 
-def assert_compile(cases: list[dict[str, Any]]) -> None:
-    script = Path(__file__).with_name("compile_for_tpu.py")
-    given = "\n".join(map(json.dumps, cases))
-    done = subprocess.run([sys.executable, script], input=given, capture_output=True, text=True)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == len(cases), done.stderr[-2000:]
-    for case, answer in zip(cases, answers, strict=True):
+def assert_compiled(answers) -> None:
+    for case, answer in answers:
         B, K = case["B"], case["K"]
         tokens = B * case["P"] * case["S"]
         query_bytes = B * case["Q"] * K * case["G"] * row_lanes(case["C"]) * 4
-        assert "error" not in answer, (case, answer["error"])
         narrow = case["dtype"] in ("int8", "float8_e4m3fn")
-        assert answer["kernels"] >= (3 if narrow else 2), (case, answer)
-        assert answer["aliased"] >= 0.99 * 2**31, (case, answer)
+        assert answer["calls"] >= (3 if narrow else 2), (case, answer)
+        assert answer["aliased"] >= 0.99 * 2**30, (case, answer)
         assert answer["temporary"] <= 8 * query_bytes + 2**20, (case, answer)
-        assert answer["flops"] >= 4 * tokens * K * case["G"] * case["Q"] * case["C"], (
-            case,
-            answer,
-        )
+        flops = 4 * tokens * K * case["G"] * case["Q"] * case["C"]
+        assert answer["flops"] >= flops, (case, answer)
         read_bytes = tokens * K * 2 * case["C"] * jnp.dtype(case["dtype"]).itemsize
         assert answer["bytes"] >= read_bytes, case
 
@@ -345,19 +333,20 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_every_two_options_together_compile_for_tpus():
+def test_every_two_options_together_compile_for_tpus(compile_for_chips):
     """And a table beyond scalar memory, in the same process."""
     wide = dict(topology="v5e:2x2", dtype="bfloat16", C=128, S=16, G=4, Q=1)
     wide |= dict(window=None, soft_cap=None, tp=1, B=256, P=2048, K=8)
-    assert_compile([case | ROWS for case in pairwise(FEW_COMPILED, compiles_there)] + [wide])
+    cases = [case | ROWS for case in pairwise(FEW_COMPILED, compiles_there)]
+    assert_compiled(compile_for_chips([*cases, wide]))
 
 
 @needs_libtpu
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("topology", KINDS)
-def test_all_options_compile_for_tpus(topology: str):
+def test_all_options_compile_for_tpus(topology: str, compile_for_chips):
     options = ALL_COMPILED | dict(topology=[topology], window=[4096], soft_cap=[30.0], tp=[1])
     names = list(options)
     cases = [dict(zip(names, c, strict=True)) for c in itertools.product(*options.values())]
-    assert_compile([case | ROWS for case in cases if compiles_there(case)])
+    assert_compiled(compile_for_chips([c | ROWS for c in cases if compiles_there(c)]))

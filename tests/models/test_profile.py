@@ -139,7 +139,9 @@ def test_computed_profiles_follow_the_devices() -> None:
     assert "held 2 times" in " ".join(made("v5e", 16, "llama3-70b").notes)
     with pytest.raises(ConfigError, match="tp=8, whose 128 GB leave nothing beside 141 GB"):
         made("v5e", 8, "llama3-70b")
-    with pytest.raises(ConfigError, match="device: got 'h300'; allowed: h200, a100, v5e, v5p, v6e"):
+    with pytest.raises(
+        ConfigError, match="device: got 'h300'; allowed: h200, h100, a100, v5e, v5p, v6e"
+    ):
         made("h300", 1, "llama3-8b")
 
 

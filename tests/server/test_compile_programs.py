@@ -11,11 +11,16 @@ import pytest
 
 from jaxserve import launch
 from jaxserve.engine.compile_report import DeploymentReport, ProgramReport
-from jaxserve.models.tpu_topology import TOPOLOGIES, parse_topology
+from jaxserve.models.gpu_target import GPU_LIMITS
+from jaxserve.models.topology import GPUS, TOPOLOGIES, TPUS, parse_topology
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(
     not HAS_LIBTPU, reason="needs libtpu: pip install 'jaxserve[tpu]'"
+)
+needs_ptxas = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("nvidia") is None,
+    reason="needs NVIDIA's compilers: pip install 'jaxserve[gpu-compile]'",
 )
 
 
@@ -35,6 +40,7 @@ def compile_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("v5e:3x3", "topology: got 'v5e:3x3'; allowed: v5e:1x1, 2x2, 2x4"),
         ("v7x:2x2", "topology: got 'v7x:2x2'; allowed: v5e:1x1, "),
+        ("h200:3", "topology: got 'h200:3'; allowed: h200:1, 2, 4, 8"),
         ("v5e", "topology: got 'v5e'; allowed: v5e:1x1, 2x2"),
         ("", "topology: got ''; allowed: one such as v5e:2x2"),
     ],
@@ -44,15 +50,20 @@ def test_an_unknown_topology_is_refused(topology: str, message: str, capsys) -> 
     assert message in capsys.readouterr().err
 
 
-def test_a_machine_without_libtpu_is_told_what_to_install(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("topology,extra", [("v5e:2x2", "tpu"), ("h200:1", "gpu-compile")])
+def test_a_machine_without_the_compiler_is_told_what_to_install(
+    topology: str, extra: str, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert launch.main(["compile", "--model=random:tiny", "--topology=v5e:2x2"]) == 2
-    assert "pip install 'jaxserve[tpu]'" in capsys.readouterr().err
+    assert launch.main(["compile", "--model=random:tiny", f"--topology={topology}"]) == 2
+    assert f"pip install 'jaxserve[{extra}]'" in capsys.readouterr().err
 
 
 def test_every_topology_has_a_data_sheet_and_a_name_of_its_own() -> None:
     found = [parse_topology(f"{chip}:{sides}") for chip in TOPOLOGIES for sides in TOPOLOGIES[chip]]
     assert all(each.device.memory_bytes > 0 for each in found)
+    assert {each.platform for each in found} == {"tpu", "gpu"} and not TPUS.keys() & GPUS.keys()
+    assert GPU_LIMITS.keys() == GPUS.keys()
     assert {
         parse_topology("v5e:2x2").accelerator_type,
         parse_topology("v5p:2x2x1").accelerator_type,
@@ -86,6 +97,7 @@ def make_report(**fields) -> DeploymentReport:
         max_context=64,
         context=16,
         memory_bytes=200,
+        memory_share=1.0,
         weight_bytes=50,
         pool_bytes=100,
         state_bytes=1,
@@ -160,3 +172,30 @@ def test_a_deployment_is_compiled_without_a_tpu(tmp_path: Path) -> None:
         assert program["aliased_bytes"] >= report["pool_bytes"] and not program["pool_copies"]
     # Two layers of two sums, the embedding's, and the logits, which may be gathered by a sum.
     assert {sum(p["collectives"].values()) for p in report["programs"][:2]} == {6}
+
+
+@needs_ptxas
+def test_a_deployment_is_compiled_without_a_gpu(tmp_path: Path) -> None:
+    """What holds of a TPU, and what its kernels take."""
+    path = tmp_path / "report.json"
+    done = compile_in_process(
+        "--model=random:tiny",
+        "--topology=h200:2",
+        "--max_rows=1",
+        "--max_prefill_tokens=32",
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x NVIDIA H200" in done.stdout and "75% of its memory" in done.stdout
+    report = json.loads(path.read_text())
+    assert not report["faults"] and report["kernels"]["paged_attention"] == "pallas_gpu"
+    for program in report["programs"]:
+        assert program["aliased_bytes"] >= report["pool_bytes"] and not program["pool_copies"]
+    slices = report["programs"][:2]
+    assert {sum(program["collectives"].values()) for program in slices} == {6}
+    assert all(program["host"]["waits"] > 0 for program in slices)
+    assert all(0 < program["host"]["step_launches"] < 70 for program in slices)
+    kernels = {kernel["name"]: kernel for kernel in report["gpu_kernels"]}
+    assert kernels.keys() >= {"paged_attention_decode", "paged_attention_tiles", "kv_write"}
+    for kernel in kernels.values():
+        assert kernel["spilled_bytes"] == 0 and kernel["per_core"] >= 1, kernel
