@@ -101,12 +101,15 @@ def default_gpu_blocks(head_dim: int, dtype: DTypeLike) -> GpuBlocks:
     one is worked on; three programs of 72 KiB and 4 warps of 150 registers fit a multiprocessor, so
     there are three. They keep 96 KiB on their way; at 4.8 TB/s and a microsecond 36 would do.
     Triton counts the look-up in the page table as a stage, hence 5 stages for two buffers, and the
-    copies overlap nothing with fewer. Tiles: 128 rows on 8 warps of 180 registers, one program per
-    multiprocessor; float32, which no matrix unit takes, would spill with more than 32 rows.
+    copies overlap nothing with fewer. Tiles: 128 rows on 8 warps, one program per multiprocessor.
+    In 16 bits, heads of up to 128 take steps of 128 keys on 250 registers: 650 instructions of each
+    warp, where two steps of 64 take 880. Wider heads, and bytes, would spill. So would float32,
+    which no matrix unit takes, with more than 32 rows.
     """
     itemsize = jnp.dtype(dtype).itemsize
     key_bytes = 2 * pl.next_power_of_2(head_dim) * max(2, itemsize)
     step_keys = max(16, min(128, 32768 // key_bytes))
+    long_steps = itemsize == 2 and head_dim <= 128
     return GpuBlocks(
         decode=DecodeBlocks(
             step_keys=step_keys,
@@ -117,9 +120,9 @@ def default_gpu_blocks(head_dim: int, dtype: DTypeLike) -> GpuBlocks:
             num_stages=7 if itemsize == 1 else 5,
         ),
         tile=TileBlocks(
-            step_keys=16 if itemsize == 4 else min(64, step_keys),
+            step_keys=128 if long_steps else 16 if itemsize == 4 else min(64, step_keys),
             rows=32 if itemsize == 4 else 128,
             num_warps=8,
-            num_stages=5,
+            num_stages=4 if long_steps else 5,
         ),
     )

@@ -10,20 +10,24 @@ X pieces per row
 
 *The step* that both kernels repeat, T keys of one kv head, is in `key_steps_gpu`.
 
-*Decode is bound by memory.* Per row and kv head it must read len * 2C numbers (an H200 reads
-4.8 TB/s) and does 4 * len * C * G FLOPs, 2 G per number: far below the 200 FLOPs per byte from
-which arithmetic counts. What is left to do is to keep the memory busy. Each row is cut into pieces
-of equal size (Flash-Decoding, Dao et al. 2023), a fixed number of programs share all pairs of a
-piece and a kv head in turn, and a second kernel joins the pieces of a row. A program finds its
-pieces from a running sum over the rows' numbers of pieces: short and empty rows cost nothing, and
-no list is made beforehand. 132 multiprocessors hold three programs each, 396 pairs: 25 rows of 512
-keys, or two of 8k, with 8 kv heads. Joining moves 8 H C bytes per piece: at least 256 bf16 keys of
-G = 4, so 3 % of what is read, and from the L2 cache.
+*Decode is bound by memory.* Per row and kv head it must read len * 2C numbers (an H200 reads 4.8
+TB/s) and does 4 * len * C * G FLOPs, 2 G per number: far below the 200 FLOPs per byte from which
+arithmetic counts. 64 bf16 keys at C = 128 take 1650 cycles of a multiprocessor's share of the
+memory, and 354 instructions of one warp per scheduler, as compiled for an H200. What is left to do
+is to keep the memory busy. Each row is cut into pieces of equal size (Flash-Decoding, Dao et al.
+2023), a fixed number of programs share all pairs of a piece and a kv head in turn, and a second
+kernel joins the pieces of a row. A program finds its pieces from a running sum over the rows'
+numbers of pieces: short and empty rows cost nothing, and no list is made beforehand. 132
+multiprocessors hold three programs each, 396 pairs: 25 rows of 512 keys, or two of 8k, with 8 kv
+heads. Joining moves 8 H C bytes per piece: at least 256 bf16 keys of G = 4, so 3 % of what is read,
+and from the L2 cache.
 
 *Tiles are bound by arithmetic.* 4 C FLOPs per query row and key it sees. A program uses the 4 C
 bytes of a bf16 key M times, and most programs of a row find them in L2: at M = 128, 60 % of 790
-TFLOP/s take 3.7 TB/s of it. So M is Q * G as far as 128, and Q should be 128 / G or more. Only
-steps that some row sees in part are masked; late, long blocks start first.
+TFLOP/s take 3.7 TB/s of it. So M is Q * G as far as 128, and Q should be 128 / G or more. 128 keys
+at C = 128 take 2050 cycles of the matrix unit and, as compiled for an H200, 650 instructions of
+each of two warps per scheduler, 1300 cycles: together 61 % of its peak, if neither hides any of the
+other. Only steps that some row sees in part are masked; late, long blocks start first.
 
 *A row does not see its neighbours.* Its pieces follow from its own length, steps of a piece and
 pieces of a row are summed in one order, and the join has room for the most pieces there can be: in
@@ -47,6 +51,7 @@ from .key_steps_gpu import (
     LOWEST,
     Op,
     cdiv,
+    exp2,
     load,
     normalised,
     over_keys,
@@ -98,7 +103,8 @@ def attend(
     )
     if reason is not None:
         raise ValueError(reason)
-    op = Op.of(q_BQHC, pages, table_BP, window=window, soft_cap=soft_cap, scale=scale)
+    options = {"window": window, "soft_cap": soft_cap, "scale": scale, "interpret": interpret}
+    op = Op.of(q_BQHC, pages, table_BP, **options)
     if blocks is None:
         blocks = gpu_blocks(
             target_device_kind(),
@@ -107,13 +113,13 @@ def attend(
             dtype=pages.kv_NKSD.dtype,
         )
     run = _decode if op.Q == 1 else _tiles
-    return run(op, blocks, interpret, q_BQHC, pages, table_BP, len_B, start_B)
+    return run(op, blocks, q_BQHC, pages, table_BP, len_B, start_B)
 
 
 # -- Tiles: several queries per row --------------------------------------------------------------
 
 
-def _tiles(op: Op, blocks: GpuBlocks, interpret: bool, q_BQHC, pages, table_BP, len_B, start_B):
+def _tiles(op: Op, blocks: GpuBlocks, q_BQHC, pages, table_BP, len_B, start_B):
     tile = blocks.tile
     M = min(tile.rows, max(16, pl.next_power_of_2(op.Q * op.G)))
     return pl.pallas_call(
@@ -121,7 +127,7 @@ def _tiles(op: Op, blocks: GpuBlocks, interpret: bool, q_BQHC, pages, table_BP, 
         grid=(pl.cdiv(op.Q * op.G, M), op.K, op.B),  # on a GPU the first axis runs fastest
         out_shape=jax.ShapeDtypeStruct(q_BQHC.shape, q_BQHC.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
-        interpret=interpret,
+        interpret=op.interpret,
         name="paged_attention_tiles",
     )(q_BQHC, pages.kv_NKSD, pages.scale_NKZ, table_BP, len_B, start_B)
 
@@ -161,7 +167,7 @@ def _tile_kernel(
 # -- Decode: one query per row, its keys in pieces ------------------------------------------------
 
 
-def _decode(op: Op, blocks: GpuBlocks, interpret: bool, q_BQHC, pages, table_BP, len_B, start_B):
+def _decode(op: Op, blocks: GpuBlocks, q_BQHC, pages, table_BP, len_B, start_B):
     decode = blocks.decode
     X = min(decode.most_pieces, pl.cdiv(op.P * op.S, decode.piece_keys))
     programs = min(decode.programs, op.B * op.K * X)
@@ -171,7 +177,7 @@ def _decode(op: Op, blocks: GpuBlocks, interpret: bool, q_BQHC, pages, table_BP,
         partial(_decode_kernel, op, decode, programs),
         grid=(programs,),
         compiler_params=params,
-        interpret=interpret,
+        interpret=op.interpret,
         name="paged_attention_decode",
     )
     operands = (q_BQHC, pages.kv_NKSD, pages.scale_NKZ, table_BP, len_B, start_B)
@@ -184,7 +190,7 @@ def _decode(op: Op, blocks: GpuBlocks, interpret: bool, q_BQHC, pages, table_BP,
         grid=(op.H, op.B),
         out_shape=out,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
+        interpret=op.interpret,
         name="paged_attention_join",
     )(*parts, len_B, start_B)
 
@@ -267,7 +273,7 @@ def _join_kernel(op: Op, decode: DecodeBlocks, m_ref, l_ref, o_ref, len_ref, sta
     lane_E = jnp.arange(op.E, dtype=jnp.int32)
     exists_X, exists_E = piece_X < num_pieces, lane_E < op.C
     m_X = jnp.where(exists_X, load(m_ref, (row, piece_X, head), exists_X), LOWEST)
-    weight_X = jnp.exp2(m_X - jnp.max(m_X))
+    weight_X = exp2(op, m_X - jnp.max(m_X))
     sum_ = jnp.sum(weight_X * load(l_ref, (row, piece_X, head), exists_X))
     exists_XE = exists_X[:, None] & exists_E[None, :]
     o_XE = load(o_ref, (row, piece_X[:, None], head, lane_E[None, :]), exists_XE)
