@@ -37,15 +37,13 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, UInt32
 
 from . import thresholds
+from .thresholds import NARROW
 
 N_TOP: Final = 20  # most alternatives a row may ask log-probabilities of
 PROMPT_FLAG: Final = 1 << 30  # in counts: the token occurs in the prompt; lower bits count outputs
-# Tuned on 2 CPU cores with 64 rows of 4096: 128 groups slow the usual row by 1/7, 32 send it (top_k
-# 50) down the wide path; 16 rows at a time take 1.6x as long where all 64 are wide.
-NARROW: Final = 64  # candidate groups
+# Tuned on 2 CPU cores with 64 rows of 4096: 16 rows at a time take 1.6x as long where all are wide.
 WIDE_ROWS: Final = 8  # rows per pass of the wide path
 
-_ENOUGH: Final = NARROW * 7 // 8  # groups to stop at where no top_k asks for more: saves rounds
 _IMPL: Final = "threefry2x32"  # pinned: the only generator whose draws are the same under vmap
 
 
@@ -218,8 +216,7 @@ def _draw(
     temperature_B = jnp.where(drawn_B, params.temperature_B, 1.0)
 
     peak_key_BG, _ = thresholds.keys_and_weights(peak_BG, max_B, temperature_B)
-    asked_B = jnp.where((params.top_k_B > 0) & (params.top_k_B <= NARROW), params.top_k_B, _ENOUGH)
-    asked_B = jnp.minimum(asked_B, peak_key_BG.shape[1])
+    asked_B = jnp.minimum(thresholds.groups_to_ask(params.top_k_B), peak_key_BG.shape[1])
     bound_B = thresholds.bound_of_nearest(peak_key_BG, asked_B, NARROW)
     groups_BN, used_BN = thresholds.true_positions(peak_key_BG <= bound_B[:, None], NARROW)
     x_BNM = thresholds.take_along(x_BGM, groups_BN)
@@ -274,8 +271,7 @@ def _kept(
 ) -> tuple[Array, Array]:
     """The weights with what the filters drop set to 0, and the threshold that says so."""
     threshold_B = thresholds.filter_threshold(
-        key_Bn,
-        weight_Bn,
+        thresholds.Held(key_Bn, weight_Bn),
         mass_B,
         bound_B,
         top_k_B=params.top_k_B,
