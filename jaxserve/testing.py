@@ -84,7 +84,8 @@ class FullRecompute:
         eos = jnp.array(self._config.eos_token_ids, jnp.int32)
         x_BV = sampling.apply_extras(logits_BV, counts_BV, bias_BV, params)
         x_BV = sampling.ban_stop_ids(x_BV, made_B, params, eos)
-        drawn_B, _ = sampling.sample(x_BV, params, position_B, jnp.ones(made_B.shape, bool))
+        active_B = jnp.ones(made_B.shape, bool)
+        drawn_B, _ = sampling.sample(x_BV, params, position_B, active_B, backend="xla")
         return drawn_B, sampling.is_stop(drawn_B, params, eos)
 
 

@@ -22,6 +22,10 @@ chosen by its own keys, and both paths draw from the same set in the same way. A
 kept tokens in order of id, not of weight: when logits change in the last bit (another batch shape),
 a token's boundaries move by as little; a changed *order* would hand the draw to another token.
 
+On a GPU one kernel does what `sample` says, with the same thresholds (sampling_gpu.py); everywhere
+else it is XLA. They may part where a number falls on the boundary between two tokens: float32 sums
+in another order round otherwise.
+
 *Refused:* `lax.top_k` (64 of 4096 for 64 rows takes 1.6 ms on 2 CPU cores, over twice this whole
 path), and rejection sampling (as many passes, and more than one number per draw).
 Sources: order of steps, vLLM V1, but for min_p, which it puts before top_k; pivot search, Park et
@@ -36,16 +40,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, UInt32
 
+from . import backend as backends
 from . import thresholds
+from .thresholds import NARROW
 
 N_TOP: Final = 20  # most alternatives a row may ask log-probabilities of
 PROMPT_FLAG: Final = 1 << 30  # in counts: the token occurs in the prompt; lower bits count outputs
-# Tuned on 2 CPU cores with 64 rows of 4096: 128 groups slow the usual row by 1/7, 32 send it (top_k
-# 50) down the wide path; 16 rows at a time take 1.6x as long where all 64 are wide.
-NARROW: Final = 64  # candidate groups
+# Tuned on 2 CPU cores with 64 rows of 4096: 16 rows at a time take 1.6x as long where all are wide.
 WIDE_ROWS: Final = 8  # rows per pass of the wide path
 
-_ENOUGH: Final = NARROW * 7 // 8  # groups to stop at where no top_k asks for more: saves rounds
 _IMPL: Final = "threefry2x32"  # pinned: the only generator whose draws are the same under vmap
 
 
@@ -72,6 +75,8 @@ def sample(
     params: RowParams,
     position_B: Int32[Array, " B"],
     active_B: Bool[Array, " B"],
+    *,
+    backend: str = "auto",
 ) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
     """Return each row's token and whether its logits were usable (`finite_B`).
 
@@ -80,7 +85,23 @@ def sample(
     likeliest ids, and so do inactive rows. Where a row's largest logit is NaN, inf or -inf,
     `finite_B` is False and the token means nothing (though it is a valid id): the caller ends the
     row. Backends disagree whether a lone NaN is the largest; where it is not, it is never drawn.
+    Raises ValueError when the backend is unknown, does not run here or takes no such vocabulary.
     """
+    backend = backends.resolve(backend)
+    if implementation(backend) == backends.PALLAS_GPU:
+        # Pallas is imported where it is chosen, not before.
+        from . import sampling_gpu
+
+        return sampling_gpu.sample(
+            logits_BV,
+            temperature_B=params.temperature_B,
+            top_k_B=params.top_k_B,
+            top_p_B=params.top_p_B,
+            min_p_B=params.min_p_B,
+            u_B=uniforms(params.seed_B, position_B),
+            active_B=active_B,
+            interpret=backends.is_interpreted(backend),
+        )
     B, V = logits_BV.shape
     x_BGM = thresholds.grouped(logits_BV, NARROW)
     peak_BG = jnp.max(x_BGM, axis=-1)
@@ -97,6 +118,20 @@ def sample(
         )
 
     return lax.cond(jnp.any(drawn_B), draw, lambda: greedy_B), finite_B
+
+
+def implementation(backend: str) -> str:
+    """What samples where a resolved `backend` attends: the GPU's kernel, or XLA."""
+    return backend if backend == backends.PALLAS_GPU else backends.XLA
+
+
+def unsupported(backend: str, *, vocabulary: int) -> str | None:
+    """Why a backend has no kernel for this size, naming those that have one; None if there is."""
+    if implementation(backend) != backends.PALLAS_GPU:
+        return None
+    from . import sampling_gpu
+
+    return sampling_gpu.unsupported(vocabulary=vocabulary)
 
 
 def uniforms(seed_B: UInt32[Array, " B"], position_B: Int32[Array, " B"]) -> Float[Array, " B"]:
@@ -218,8 +253,7 @@ def _draw(
     temperature_B = jnp.where(drawn_B, params.temperature_B, 1.0)
 
     peak_key_BG, _ = thresholds.keys_and_weights(peak_BG, max_B, temperature_B)
-    asked_B = jnp.where((params.top_k_B > 0) & (params.top_k_B <= NARROW), params.top_k_B, _ENOUGH)
-    asked_B = jnp.minimum(asked_B, peak_key_BG.shape[1])
+    asked_B = jnp.minimum(thresholds.groups_to_ask(params.top_k_B), peak_key_BG.shape[1])
     bound_B = thresholds.bound_of_nearest(peak_key_BG, asked_B, NARROW)
     groups_BN, used_BN = thresholds.true_positions(peak_key_BG <= bound_B[:, None], NARROW)
     x_BNM = thresholds.take_along(x_BGM, groups_BN)
@@ -274,8 +308,7 @@ def _kept(
 ) -> tuple[Array, Array]:
     """The weights with what the filters drop set to 0, and the threshold that says so."""
     threshold_B = thresholds.filter_threshold(
-        key_Bn,
-        weight_Bn,
+        thresholds.Held(key_Bn, weight_Bn),
         mass_B,
         bound_B,
         top_k_B=params.top_k_B,

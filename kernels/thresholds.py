@@ -1,6 +1,7 @@
 """Find per row which tokens a filter keeps, and draw among them, by bisection instead of a sort.
 
 Knows keys and weights, one row beside another; knows no sampling parameter but top_k, top_p, min_p.
+What finds a threshold and draws takes one row without an axis of rows as well: a kernel's.
 
 Dimension key: B rows  V vocabulary  G groups of neighbouring ids  M members of a group
                N slots  W words of 32 bits  n any number of tokens
@@ -20,37 +21,76 @@ weight 0 and one common key.
 """
 
 import math
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32, Shaped
 
+# Tuned on 2 CPU cores with 64 rows of 4096: 128 groups slow the usual row by 1/7, 32 send it (top_k
+# 50) down the wide path.
+NARROW: Final = 64  # candidate groups
 FARTHEST: Final = 32 << 24  # key of everything 32 nats or more below the likeliest token
+_ENOUGH: Final = NARROW * 7 // 8  # groups to stop at where no top_k asks for more: saves rounds
 _TICKS: Final = 2.0**24  # key units per nat: finer than float32 resolves a weight
+
+_Verdicts = Sequence[tuple[Array, Array]]  # per key: whether it is low enough, and high enough
+
+
+@runtime_checkable
+class Tokens(Protocol):
+    """Tokens of each row, wherever they lie, and what those down to some keys amount to."""
+
+    @property
+    def num_pivots(self) -> int:
+        """Keys to ask for at once: more where every question costs a walk over the tokens."""
+        ...
+
+    def counts_to(self, keys: Sequence[Array]) -> Sequence[Array]:
+        """How many tokens of each row reach each of these keys; int32."""
+        ...
+
+    def masses_to(self, keys: Sequence[Array]) -> Sequence[Array]:
+        """The weight of the tokens that do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tokens whose keys and weights are arrays."""
+
+    key_Bn: Array
+    weight_Bn: Array
+    num_pivots: int = 1
+
+    def counts_to(self, keys: Sequence[Array]) -> Sequence[Array]:
+        return [_count(self.key_Bn, key_B) for key_B in keys]
+
+    def masses_to(self, keys: Sequence[Array]) -> Sequence[Array]:
+        return [_mass_to(self.key_Bn, key_B, self.weight_Bn) for key_B in keys]
 
 
 def keys_and_weights(
-    x_Bn: Float[Array, "B n"], max_B: Float[Array, " B"], temperature_B: Float[Array, " B"]
-) -> tuple[Int32[Array, "B n"], Float[Array, "B n"]]:
+    x_Bn: Float[Array, "*B n"], max_B: Float[Array, "*B"], temperature_B: Float[Array, "*B"]
+) -> tuple[Int32[Array, "*B n"], Float[Array, "*B n"]]:
     """Return key_Bn and weight_Bn of logits whose row maximum is `max_B`; temperature is > 0."""
-    d_Bn = (max_B[:, None] - x_Bn) / temperature_B[:, None]
+    d_Bn = (max_B[..., None] - x_Bn) / temperature_B[..., None]
     d_Bn = jnp.where(d_Bn < FARTHEST / _TICKS, d_Bn, jnp.inf)  # NaN too, so that keys are in range
     return jnp.minimum(d_Bn * _TICKS, FARTHEST).astype(jnp.int32), jnp.exp(-d_Bn)
 
 
 def filter_threshold(
-    key_Bn: Int32[Array, "B n"],
-    weight_Bn: Float[Array, "B n"],
-    mass_B: Float[Array, " B"],
-    bound_B: Int32[Array, " B"],
+    tokens: Tokens,
+    mass_B: Float[Array, "*B"],
+    bound_B: Int32[Array, "*B"],
     *,
-    top_k_B: Int32[Array, " B"],
-    top_p_B: Float[Array, " B"],
-    min_p_B: Float[Array, " B"],
-) -> Int32[Array, " B"]:
+    top_k_B: Int32[Array, "*B"],
+    top_p_B: Float[Array, "*B"],
+    min_p_B: Float[Array, "*B"],
+) -> Int32[Array, "*B"]:
     """Return the key down to which each row keeps tokens, right wherever it is <= `bound_B`.
 
     Keys up to `bound_B` are all present; beyond it some may be missing, and the answer is then only
@@ -59,66 +99,95 @@ def filter_threshold(
     top_k_on_B = top_k_B > 0
     all_B = jnp.full_like(bound_B, FARTHEST)
 
-    def judge_count(key_B: Array) -> tuple[Array, Array]:
-        count_B = _count(key_Bn, key_B)
-        return count_B <= top_k_B, count_B >= top_k_B
+    def judge_counts(keys: Sequence[Array]) -> _Verdicts:
+        counts = tokens.counts_to(keys)
+        return [(count_B <= top_k_B, count_B >= top_k_B) for count_B in counts]
 
-    _, by_k_B = _bisect(judge_count, jnp.where(top_k_on_B, -1, all_B), all_B)
-    target_B = top_p_B * jnp.where(top_k_on_B, _mass_to(key_Bn, by_k_B, weight_Bn), mass_B)
+    ends = jnp.where(top_k_on_B, -1, all_B), all_B
+    _, by_k_B = _bisect(judge_counts, *ends, num_pivots=tokens.num_pivots)
+    target_B = top_p_B * jnp.where(top_k_on_B, tokens.masses_to([by_k_B])[0], mass_B)
 
-    def judge_mass(key_B: Array) -> tuple[Array, Array]:
-        # Each token down to this key weighs at least exp(-key): a mass in [target, target + that)
-        # can lose none of them, so this key parts the tokens as well as their own least one does.
-        # Half the rounds are saved by stopping there.
-        least_B = jnp.exp(key_B.astype(jnp.float32) / -_TICKS)
-        mass_B = _mass_to(key_Bn, key_B, weight_Bn)
-        return mass_B < target_B + least_B, mass_B >= target_B
+    def judge_masses(keys: Sequence[Array]) -> _Verdicts:
+        return [
+            _judge_mass(key_B, mass_B, target_B)
+            for key_B, mass_B in zip(keys, tokens.masses_to(keys), strict=True)
+        ]
 
-    _, by_p_B = _bisect(judge_mass, jnp.where(top_p_B < 1, -1, by_k_B), by_k_B)
-    by_min_p_B = jnp.minimum(-jnp.log(min_p_B) * _TICKS, FARTHEST).astype(jnp.int32)
+    ends = jnp.where(top_p_B < 1, -1, by_k_B), by_k_B
+    _, by_p_B = _bisect(judge_masses, *ends, num_pivots=tokens.num_pivots)
     # What top_k kept beyond the bound may be missing here, and a nucleus of it is a guess.
     guess_B = top_k_on_B & (by_k_B > bound_B) & (top_p_B < 1)
-    return jnp.where(guess_B, FARTHEST + 1, jnp.minimum(by_p_B, by_min_p_B))
+    return jnp.where(guess_B, FARTHEST + 1, jnp.minimum(by_p_B, min_p_key(min_p_B)))
+
+
+def min_p_key(min_p_B: Float[Array, "*B"]) -> Int32[Array, "*B"]:
+    """The key down to which min_p alone keeps tokens."""
+    return jnp.minimum(-jnp.log(min_p_B) * _TICKS, FARTHEST).astype(jnp.int32)
+
+
+def groups_to_ask(top_k_B: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
+    """How many of the likeliest groups are candidates at the least, if there are so many."""
+    return jnp.where((top_k_B > 0) & (top_k_B <= NARROW), top_k_B, _ENOUGH)
 
 
 def bound_of_nearest(
-    key_BG: Int32[Array, "B G"], least_B: Int32[Array, " B"], most: int
-) -> Int32[Array, " B"]:
+    key_BG: Int32[Array, "*B G"], least_B: Int32[Array, "*B"], most: int
+) -> Int32[Array, "*B"]:
     """Return a key that at most `most` entries of each row reach; `least_B` do, if ties allow."""
 
-    def judge(key_B: Array) -> tuple[Array, Array]:
-        count_B = _count(key_BG, key_B)
-        return count_B <= most, count_B >= least_B
+    def judge(keys: Sequence[Array]) -> _Verdicts:
+        counts = [_count(key_BG, key_B) for key_B in keys]
+        return [(count_B <= most, count_B >= least_B) for count_B in counts]
 
     ends = jnp.full_like(least_B, -1), jnp.full_like(least_B, FARTHEST + 1)
     return _bisect(judge, *ends)[0]
 
 
+def _judge_mass(key_B: Array, mass_B: Array, target_B: Array) -> tuple[Array, Array]:
+    """Whether the mass down to a key loses none of the last tokens that make up the target.
+
+    Each token down to this key weighs at least exp(-key): a mass in [target, target + that) can
+    lose none of them, so this key parts the tokens as well as their own least one does. Half the
+    rounds are saved by stopping there.
+    """
+    least_B = jnp.exp(key_B.astype(jnp.float32) / -_TICKS)
+    return mass_B < target_B + least_B, mass_B >= target_B
+
+
 def _bisect(
-    judge: Callable[[Array], tuple[Array, Array]], lo_B: Array, hi_B: Array
+    judge: Callable[[Sequence[Array]], _Verdicts],
+    lo_B: Array,
+    hi_B: Array,
+    *,
+    num_pivots: int = 1,
 ) -> tuple[Array, Array]:
-    """Narrow (lo, hi) until neighbours; `judge(key)` says per row if key is (low, high) enough.
+    """Narrow (lo, hi) until neighbours; `judge` says per key and row if it is (low, high) enough.
 
     A key that is both is returned as both ends. Otherwise lo was low enough and hi high enough,
-    or they are the ends given. Rows with hi - lo <= 1 at the start are left alone.
+    or they are the ends given. Rows with hi - lo <= 1 at the start are left alone. `judge` gets
+    `num_pivots` ascending keys that cut the bracket into equal parts.
     """
 
-    def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    def narrow(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         lo_B, hi_B = bracket
-        mid_B = lo_B + (hi_B - lo_B) // 2
         open_B = hi_B - lo_B > 1
-        low_B, high_B = judge(mid_B)
-        return jnp.where(open_B & low_B, mid_B, lo_B), jnp.where(open_B & high_B, mid_B, hi_B)
+        part_B = jnp.maximum((hi_B - lo_B) // (num_pivots + 1), 1)
+        keys = [jnp.minimum(lo_B + part_B * i, hi_B - 1) for i in range(1, num_pivots + 1)]
+        for key_B, (low_B, high_B) in zip(keys, judge(keys), strict=True):
+            lo_B = jnp.where(open_B & low_B, key_B, lo_B)
+            hi_B = jnp.where(open_B & high_B, jnp.minimum(key_B, hi_B), hi_B)
+        return jnp.minimum(lo_B, hi_B), hi_B  # several keys may be both: the lowest is taken
 
-    return lax.while_loop(lambda ends: jnp.any(ends[1] - ends[0] > 1), halve, (lo_B, hi_B))
+    # The largest width, not `any`: Triton's lowering reduces no booleans.
+    return lax.while_loop(lambda ends: jnp.max(ends[1] - ends[0]) > 1, narrow, (lo_B, hi_B))
 
 
 def _count(key_Bn: Array, key_B: Array) -> Array:
-    return jnp.sum(key_Bn <= key_B[:, None], axis=-1, dtype=jnp.int32)
+    return jnp.sum(key_Bn <= key_B[..., None], axis=-1, dtype=jnp.int32)
 
 
 def _mass_to(key_Bn: Array, key_B: Array, weight_Bn: Array) -> Array:
-    return jnp.sum(jnp.where(key_Bn <= key_B[:, None], weight_Bn, 0.0), axis=-1)
+    return jnp.sum(jnp.where(key_Bn <= key_B[..., None], weight_Bn, 0.0), axis=-1)
 
 
 def draw_in_order(weight_BGM: Float[Array, "B G M"], u_B: Float[Array, " B"]) -> Int32[Array, " B"]:
@@ -129,23 +198,25 @@ def draw_in_order(weight_BGM: Float[Array, "B G M"], u_B: Float[Array, " B"]) ->
     """
     M = weight_BGM.shape[2]
     sum_BG = jnp.sum(weight_BGM, axis=-1)
-    group_B, rest_B = _first_beyond(sum_BG, u_B * jnp.sum(sum_BG, axis=-1))
-    member_B, _ = _first_beyond(take_along(weight_BGM, group_B[:, None])[:, 0], rest_B)
+    group_B, rest_B = first_beyond(sum_BG, u_B * jnp.sum(sum_BG, axis=-1))
+    member_B, _ = first_beyond(take_along(weight_BGM, group_B[:, None])[:, 0], rest_B)
     return group_B * M + member_B
 
 
-def _first_beyond(weight_Bn: Array, target_B: Array) -> tuple[Array, Array]:
-    """The first index whose running weight exceeds target (>= 0), and target less what is before.
+def first_beyond(
+    weight_Bn: Float[Array, "*B n"], target_B: Float[Array, "*B"]
+) -> tuple[Int32[Array, "*B"], Float[Array, "*B"]]:
+    """Return the first index whose running weight exceeds target, and target less what is before.
 
-    Rounding may let none exceed it; then it is the last index of positive weight. Sums masked at
-    neighbouring indices round monotonically, so that the first one is well defined, which a
-    parallel running sum (slow on CPU besides) does not promise.
+    `target_B` is >= 0. Rounding may let none exceed it; then it is the last index of positive
+    weight. Sums masked at neighbouring indices round monotonically, so that the first one is well
+    defined, which a parallel running sum (slow on CPU besides) does not promise.
     """
-    index_Bn = lax.broadcasted_iota(jnp.int32, weight_Bn.shape, 1)
+    index_Bn = lax.broadcasted_iota(jnp.int32, weight_Bn.shape, weight_Bn.ndim - 1)
 
-    def judge(at_B: Array) -> tuple[Array, Array]:
-        beyond_B = _mass_to(index_Bn, at_B, weight_Bn) > target_B
-        return ~beyond_B, beyond_B
+    def judge(indices: Sequence[Array]) -> _Verdicts:
+        beyond = [_mass_to(index_Bn, at_B, weight_Bn) > target_B for at_B in indices]
+        return [(~beyond_B, beyond_B) for beyond_B in beyond]
 
     last_B = jnp.max(jnp.where(weight_Bn > 0, index_Bn, 0), axis=-1)
     _, first_B = _bisect(judge, jnp.full_like(last_B, -1), last_B)

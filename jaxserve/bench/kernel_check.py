@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -37,6 +38,9 @@ INTERPRETED: Final[dict[str, Any]] = {"xla_backend_optimization_level": 0}
 
 if jax.__version_info__ < (0, 11):  # half the time; later releases do not know the option
     INTERPRETED["xla_cpu_use_fusion_emitters"] = False
+
+TRITON_CALL: Final = "custom_call @__gpu$xla.gpu.triton"
+"""How a Pallas kernel for a GPU begins in what `lower_for_cuda` returns."""
 
 
 class Options(NamedTuple):
@@ -170,6 +174,20 @@ def check(options: Options, *, interpret: bool, blocks: GpuBlocks | None, longes
     )
     compiled = jax.jit(attend, compiler_options=INTERPRETED if interpret else None)
     return worst_error(compiled(*batch.operands()), batch.reference(soft_cap=soft_cap))
+
+
+def lower_for_cuda(function: Any, *operands: Any) -> str:
+    """The module of a jitted function, lowered for CUDA on any machine.
+
+    Releases after 0.10 want to be told of a GPU, and warn that the lowering is deprecated.
+    """
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(TRITON_CALL.split("@")[1])]
+    gpu = jax.sharding.AbstractDevice("NVIDIA H200", None, "gpu")  # pyright: ignore
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh):
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        export = jax.export.export(function, platforms=["cuda"], disabled_checks=unchecked)
+        return export(*operands).mlir_module()
 
 
 def check_many(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import backend as backends
-from jaxserve.kernels import kv_write, paged_attention
+from jaxserve.kernels import kv_write, paged_attention, sampling
 from jaxserve.kernels.kv_pages import Pages, init_pages, init_row_pages, page_bytes
 from jaxserve.models.config import ModelConfig
 
@@ -38,7 +38,7 @@ class KernelChoice:
         chosen = {
             "paged_attention": self.attention,
             "kv_write": kv_write.implementation(self.attention),
-            "sampling": backends.XLA,
+            "sampling": sampling.implementation(self.attention),
         }
         return {operation: self._said(name) for operation, name in chosen.items()}
 
@@ -85,7 +85,7 @@ def choose_kernels(
     """The kernels for `model`, as it is spread over devices like `device`, in `dtype`.
 
     Raises ConfigError for kernels that do not run there, a KV type that the chip has not, and a
-    head size, page size or type that the kernels have not.
+    head size, page size, type or vocabulary that the kernels have not.
     """
     platform = backends.platform_of(device)
     try:
@@ -104,7 +104,7 @@ def choose_kernels(
         page_size=config.cache.page_size,
         dtype=kv_dtype,
         group=model.group,
-    )
+    ) or sampling.unsupported(attention, vocabulary=model.vocab_size)
     if reason is not None:
         raise ConfigError(f"{reason} (kernels {attention}); or --kernels=xla, which takes any")
     return KernelChoice(attention, platform, kv_dtype)

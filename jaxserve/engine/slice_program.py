@@ -86,7 +86,7 @@ class SliceProgram:
     num_layers: int
     window: int | None
     loop_layers: bool
-    kernels: str  # a resolved backend: attention and the writing of pages
+    kernels: str  # a resolved backend: attention, the writing of pages and sampling
 
     def __call__(
         self, weights: list[Array], state: DeviceState, buffer: Array
@@ -263,7 +263,9 @@ class _Rows:
             lambda: raw_BV,
         )
         x_BV = sampling.ban_stop_ids(x_BV, output_B, self.params, self.eos_ids)
-        drawn_B, finite_B = _sample(x_BV, self.params, loop.length_B, active_B)
+        drawn_B, finite_B = _sample(
+            x_BV, self.params, loop.length_B, active_B, backend=self.program.kernels
+        )
         logprobs = _token_logprobs(raw_BV, drawn_B, self.want_logprobs)
         stops_B = sampling.is_stop(drawn_B, self.params, self.eos_ids)
         length_B = loop.length_B + one_B
@@ -319,7 +321,7 @@ class _Rows:
 
 # Jitted so that programs, the two places of a mixed one, and layers that are unrolled share their
 # traces.
-_sample = jax.jit(sampling.sample)
+_sample = jax.jit(sampling.sample, static_argnames="backend")
 _token_logprobs = jax.jit(sampling.token_logprobs)
 _attention = jax.jit(ragged_attention, static_argnames=("window", "backend"))
 

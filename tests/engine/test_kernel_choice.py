@@ -39,6 +39,8 @@ def test_each_platform_has_its_kernels_and_stores_the_models_type() -> None:
     assert str(chosen).endswith("; keys and values in float32")
     assert choose(V5E).names()["paged_attention"] == "pallas_tpu"
     assert choose(V5E, kernels="xla").names()["paged_attention"] == "xla"
+    assert set(choose(H200).names().values()) == {"pallas_gpu"}
+    assert choose(V5E).names()["sampling"] == "xla"
 
 
 def test_a_kernel_that_is_interpreted_is_called_so() -> None:
@@ -65,6 +67,10 @@ def test_fp8_is_taken_by_chips_that_have_it_and_in_software(device) -> None:
         ({"kv_dtype": "int8"}, "kv_dtype: got 'int8'; allowed: float32, bfloat16"),
         ({"model": replace(TINY, head_dim=20)}, "head_dim: got 20; allowed: multiples of 8"),
         ({"kernels": "pallas_tpu", "page_size": 256}, "page_size: got 256; allowed"),
+        (
+            {"kernels": "pallas_gpu", "model": replace(LLAMA, vocab_size=2**19 + 1)},
+            "vocabulary: got 524289; allowed: up to 524288 .kernels pallas_gpu.; or",
+        ),
         ({"kernels": "pallas"}, "kernels: kernel backend 'pallas' does not run on 'cpu'; try auto"),
         ({"kernels": "cuda"}, "kernels: kernel backend 'cuda' does not run on 'cpu'; try auto"),
     ],

@@ -1,7 +1,6 @@
 """The GPU kernels, interpreted, against a float64 loop over queries; and lowered for CUDA."""
 
 import itertools
-import warnings
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -16,11 +15,13 @@ from hypothesis import strategies as st
 from jaxserve.bench.kernel_check import (
     INTERPRETED,
     MATRIX,
+    TRITON_CALL,
     VALUES,
     Batch,
     Options,
     check,
     limit,
+    lower_for_cuda,
     worst_error,
 )
 from jaxserve.kernels import paged_attention_gpu
@@ -186,20 +187,8 @@ def lowered_for_cuda(Q, C, S, stored, G, window, soft_cap, *, N=1024):
     return lower_for_cuda(function, *operands)
 
 
-def lower_for_cuda(function, *operands):
-    """Releases after 0.10 want to be told of a GPU, and warn that the lowering is deprecated."""
-    target = "__gpu$xla.gpu.triton"
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(target)]
-    gpu = jax.sharding.AbstractDevice("NVIDIA H200", None, "gpu")  # pyright: ignore
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
-    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh):
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-        export = jax.export.export(function, platforms=["cuda"], disabled_checks=unchecked)
-        return export(*operands).mlir_module()
-
-
 def check_lowered(Q, *options):
-    calls = lowered_for_cuda(Q, *options).count("custom_call @__gpu$xla.gpu.triton")
+    calls = lowered_for_cuda(Q, *options).count(TRITON_CALL)
     assert calls == (2 if Q == 1 else 1)  # attention and, for decode, the join
 
 

@@ -5,7 +5,7 @@ Dimension key: B rows  V vocabulary  E ids  T tokens  n alternatives
 
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,43 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import export
 
+from jaxserve.bench.kernel_check import INTERPRETED
+from jaxserve.bench.sampling_check import Filter, reference_weights, row_params
+from jaxserve.kernels import backend as backends
 from jaxserve.kernels import sampling
-from jaxserve.kernels.sampling import N_TOP, NARROW, PROMPT_FLAG, RowParams
+from jaxserve.kernels.sampling import N_TOP, NARROW, PROMPT_FLAG
 
 V = 1001  # large enough that both paths exist, and no multiple of a group: padded
-Filter = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
 NARROW_ROW: Filter = (0.8, 50, 0.95, 0.0)
 PURE: Filter = (1.0, 0, 1.0, 0.0)
 FLAT_NUCLEUS: Filter = (1.5, 0, 0.99, 0.0)
 MANY: Filter = (1.0, 300, 1.0, 0.0)
+BACKENDS = ["xla", "pallas_gpu"]
 
 
-def row_params(filters: Sequence[Filter], **overrides: Sequence[float]) -> RowParams:
-    B = len(filters)
-    temperature, top_k, top_p, min_p = zip(*filters, strict=True)
-    fields = {
-        "temperature_B": temperature,
-        "top_k_B": top_k,
-        "top_p_B": top_p,
-        "min_p_B": min_p,
-        "repetition_B": [1.0] * B,
-        "presence_B": [0.0] * B,
-        "frequency_B": [0.0] * B,
-        "seed_B": range(B),
-        "min_tokens_B": [0] * B,
-        "ignore_eos_B": [False] * B,
-        "stop_ids_BE": [[-1, -1]] * B,
-    } | overrides
-    dtypes = {"top_k_B": np.int32, "min_tokens_B": np.int32, "stop_ids_BE": np.int32} | {
-        "seed_B": np.uint32,
-        "ignore_eos_B": np.bool_,
-    }
-    return RowParams(
-        **{k: jnp.asarray(np.asarray(v, dtypes.get(k, np.float32))) for k, v in fields.items()}
-    )
-
-
-jit_sample = jax.jit(sampling.sample)
+@cache
+def jit_sample(backend: str):
+    interpreted = backends.is_interpreted(backend)
+    options = INTERPRETED if interpreted else None
+    return jax.jit(partial(sampling.sample, backend=backend), compiler_options=options)
 
 
 def draw(
@@ -59,6 +41,7 @@ def draw(
     filters: Sequence[Filter],
     position: int | np.ndarray = 0,
     *,
+    backend: str = "xla",
     rows: int = 16,
     **overrides: Sequence[float],
 ) -> np.ndarray:
@@ -68,7 +51,7 @@ def draw(
     params = jax.tree.map(
         lambda a: jnp.pad(a, padding + ((0, 0),) * (a.ndim - 1)), row_params(filters, **overrides)
     )
-    tokens_B, finite_B = jit_sample(
+    tokens_B, finite_B = jit_sample(backend)(
         jnp.pad(logits_BV, (*padding, (0, 0))),
         params,
         jnp.pad(np.broadcast_to(np.asarray(position, np.int32), (B,)), padding),
@@ -78,30 +61,11 @@ def draw(
     return np.asarray(tokens_B[:B])
 
 
-def reference_weights(logits_V: np.ndarray, row: Filter) -> np.ndarray:
-    """Kept weights of one row, in float64, by the words of the docstring and a full sort."""
-    temperature, top_k, top_p, min_p = row
-    d_V = (logits_V.max() - logits_V) / np.float32(temperature)  # float32, as documented
-    weight_V = np.where(d_V < 32, np.exp(-d_V.astype(np.float64)), 0.0)
-    key_V = np.where(d_V < 32, np.floor(np.minimum(d_V, 32) * 2.0**24), 32 * 2.0**24)
-    sorted_V = np.sort(key_V)
-    keep_V = np.ones(len(key_V), bool)
-    if top_k:
-        keep_V &= key_V <= sorted_V[min(top_k, len(key_V)) - 1]
-    if top_p < 1:
-        mass_V = np.where(keep_V, weight_V, 0.0)
-        above_V = np.array([mass_V[key_V < key].sum() for key in key_V])
-        keep_V &= above_V < np.float32(top_p) * mass_V.sum() * (1 - 1e-6)
-    if min_p:
-        keep_V &= d_V <= -np.log(np.float32(min_p))
-    return np.where(keep_V, weight_V, 0.0)
-
-
 def assert_as_reference(
-    logits_BV: np.ndarray, filters: Sequence[Filter], position: int = 0
+    logits_BV: np.ndarray, filters: Sequence[Filter], position: int = 0, *, backend: str
 ) -> None:
     """Every token is the one at which the float64 running weight passes the row's uniform."""
-    tokens_B = draw(logits_BV, filters, position)
+    tokens_B = draw(logits_BV, filters, position, backend=backend)
     B = len(filters)
     u_B = sampling.uniforms(jnp.arange(B, dtype=jnp.uint32), jnp.full(B, position))
     for b, (token, u) in enumerate(zip(tokens_B, np.asarray(u_B, np.float64), strict=True)):
@@ -132,25 +96,28 @@ FILTERS: list[Filter] = [
 ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
 @pytest.mark.parametrize("vocabulary", [5, V])
-def test_tokens_are_those_of_a_full_sort(vocabulary: int, spread: float):
+def test_tokens_are_those_of_a_full_sort(vocabulary: int, spread: float, backend: str):
     rng = np.random.default_rng(vocabulary)
     shape = (len(FILTERS), vocabulary)
     logits_BV = rng.normal(0, spread, shape).astype(np.float32)
     for position in range(4):
-        assert_as_reference(logits_BV, FILTERS, position)
+        assert_as_reference(logits_BV, FILTERS, position, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("step", [0.0625, 0.5, 4.0])
-def test_tokens_are_those_of_a_full_sort_among_ties(step: float):
+def test_tokens_are_those_of_a_full_sort_among_ties(step: float, backend: str):
     rng = np.random.default_rng(1)
     logits_BV = rng.normal(0, 3, (len(FILTERS), V))
     logits_BV = (np.round(logits_BV / step) * step).astype(np.float32)
     for position in range(4):
-        assert_as_reference(logits_BV, FILTERS, position)
+        assert_as_reference(logits_BV, FILTERS, position, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(
     st.lists(st.sampled_from([-np.inf, -40.0, -1.0, 0.0, 0.5, 0.5, 3.0]), min_size=4, max_size=4),
     st.floats(0.01, 10),
@@ -160,11 +127,17 @@ def test_tokens_are_those_of_a_full_sort_among_ties(step: float):
     st.integers(0, 2**31 - 1),
 )
 def test_a_small_row_is_that_of_a_full_sort(
-    tail: list[float], temperature: float, top_k: int, top_p: float, min_p: float, position: int
+    backend: str,
+    tail: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    position: int,
 ):
     logits_BV = np.array([[1.0, *tail]], np.float32)
     row = (temperature, top_k, float(np.float32(top_p)), float(np.float32(min_p)))
-    assert_as_reference(logits_BV, [row], position)
+    assert_as_reference(logits_BV, [row], position, backend=backend)
 
 
 @pytest.mark.parametrize("row", [NARROW_ROW, PURE, FLAT_NUCLEUS, MANY, (1.0, 0, 1.0, 0.02)])
@@ -186,13 +159,14 @@ def test_draws_follow_the_distribution(row: Filter):
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom), (chi2, freedom)  # p < 1e-4
 
 
-def test_a_row_does_not_depend_on_its_batch_mates():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_its_batch_mates(backend: str):
     rng = np.random.default_rng(5)
     own_filters = [NARROW_ROW, PURE, FLAT_NUCLEUS, MANY, (0.7, 0, 0.5, 0.0), (0.0, 0, 1.0, 0.0)]
     own_BV = rng.normal(0, 3, (len(own_filters), V)).astype(np.float32)
     seeds = [7, 7, 8, 9, 2**32 - 1, 3]
     alone_B = [
-        int(draw(own_BV[b : b + 1], [row], 17, rows=1, seed_B=[seeds[b]])[0])
+        int(draw(own_BV[b : b + 1], [row], 17, backend=backend, rows=1, seed_B=[seeds[b]])[0])
         for b, row in enumerate(own_filters)
     ]
     for mates in ([(0.0, 0, 1.0, 0.0)], [NARROW_ROW], [PURE], [FLAT_NUCLEUS, MANY]):
@@ -204,29 +178,35 @@ def test_a_row_does_not_depend_on_its_batch_mates():
             logits_BV[at_B], seed_B[at_B] = own_BV, seeds
             for b, row in zip(at_B, own_filters, strict=True):
                 filters[b] = row
-            tokens_B = draw(logits_BV, filters, 17, seed_B=seed_B)
+            tokens_B = draw(logits_BV, filters, 17, backend=backend, seed_B=seed_B)
             assert tokens_B[at_B].tolist() == alone_B, (mates, B)
 
 
-def test_seed_and_position_decide_the_draw():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seed_and_position_decide_the_draw(backend: str):
     logits_BV = np.zeros((4, V), np.float32)
     again_B, tokens_B = (
-        draw(logits_BV, [PURE] * 4, np.array([5, 5, 5, 6]), seed_B=[1, 1, 2, 1]) for _ in range(2)
+        draw(logits_BV, [PURE] * 4, np.array([5, 5, 5, 6]), backend=backend, seed_B=[1, 1, 2, 1])
+        for _ in range(2)
     )
     assert tokens_B[0] == tokens_B[1]
     assert len({tokens_B[0], tokens_B[2], tokens_B[3]}) == 3
     assert tokens_B.tolist() == again_B.tolist()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("greedy", [(0.0, 0, 1.0, 0.0), (0.0, 50, 0.5, 0.1), (1.0, 1, 1.0, 0.0)])
 @pytest.mark.parametrize("mates", [[], [PURE, MANY]])
-def test_greedy_takes_the_lowest_of_the_likeliest(greedy: Filter, mates: list[Filter]):
+def test_greedy_takes_the_lowest_of_the_likeliest(
+    greedy: Filter, mates: list[Filter], backend: str
+):
     logits_BV = np.random.default_rng(0).normal(size=(1 + len(mates), V)).astype(np.float32)
     logits_BV[0, [3, 4, 500, 1000]] = 9.0
-    assert draw(logits_BV, [greedy, *mates])[0] == 3
+    assert draw(logits_BV, [greedy, *mates], backend=backend)[0] == 3
 
 
-def test_unusable_rows_are_named_and_inactive_ones_not_drawn():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unusable_rows_are_named_and_inactive_ones_not_drawn(backend: str):
     logits_BV = np.zeros((16, V), np.float32)
     logits_BV[1], logits_BV[2, 10], logits_BV[3], logits_BV[4, 1:] = (
         np.nan,
@@ -235,7 +215,7 @@ def test_unusable_rows_are_named_and_inactive_ones_not_drawn():
         -np.inf,
     )
     logits_BV[5, 10] = np.nan
-    tokens_B, finite_B = jit_sample(
+    tokens_B, finite_B = jit_sample(backend)(
         jnp.asarray(logits_BV),
         row_params([PURE] * 16),
         jnp.zeros(16, jnp.int32),
