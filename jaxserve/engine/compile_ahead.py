@@ -30,7 +30,14 @@ from jaxserve.engine.compile_report import (
     Step,
     gigabytes,
 )
-from jaxserve.engine.gpu_facts import HostWork, KernelFacts, host_work, pallas_kernels, thunks
+from jaxserve.engine.gpu_facts import (
+    OPTIONS,
+    HostWork,
+    KernelFacts,
+    host_work,
+    pallas_kernels,
+    thunks,
+)
 from jaxserve.engine.hlo_facts import collectives, copies
 from jaxserve.engine.kernel_choice import KernelChoice, choose_kernels
 from jaxserve.engine.programs import Program, Programs, Progress
@@ -213,7 +220,7 @@ class _Inspector:
         self._pool_sizes, self._limits = _pool_sizes(programs), GPU_LIMITS.get(topology.chip)
         self._options: dict[str, Any] = {"xla_dump_hlo_as_text": True}
         if self._limits is not None:
-            self._options["xla_gpu_autotune_level"] = 0  # there is nothing to measure on
+            self._options |= OPTIONS
         self._kernels: dict[str, list[KernelFacts]] = defaultdict(list)
         self._time = RooflineTime(
             sizes=ModelShape.of(model).sizes(programs.dtype.name, programs.kv_dtype),

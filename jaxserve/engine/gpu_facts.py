@@ -13,9 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from jaxserve.errors import ConfigError
+
+OPTIONS: Final[dict[str, Any]] = {
+    "xla_gpu_autotune_level": 0,  # there is nothing to measure on
+    "xla_dump_emitter_re": "ptx",  # releases of jax after 0.10 dump it when it is named
+}
+"""How XLA compiles for a GPU that is not there, so that what it dumps can be read here."""
 
 _DUMPED: Final = "*.thunk_sequence_after_thunk_passes.txt"
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.engine.compile_ahead import topology_mesh
-from jaxserve.engine.gpu_facts import pallas_kernels
+from jaxserve.engine.gpu_facts import OPTIONS, pallas_kernels
 from jaxserve.kernels.kv_pages import init_row_pages
 from jaxserve.kernels.kv_write import write_kv
 from jaxserve.kernels.paged_attention import paged_attention
@@ -73,7 +73,7 @@ def compile_case(case: dict) -> dict:
         if platform == "tpu":
             compiled, kernels = lowered.compile(), []
         else:
-            compiled = lowered.compile({"xla_dump_to": folder, "xla_gpu_autotune_level": 0})
+            compiled = lowered.compile({"xla_dump_to": folder, **OPTIONS})
             kernels = [asdict(facts) for facts in pallas_kernels(Path(folder), compiled.as_text())]
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return {

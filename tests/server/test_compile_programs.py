@@ -176,7 +176,7 @@ def test_a_deployment_is_compiled_without_a_tpu(tmp_path: Path) -> None:
 
 @needs_ptxas
 def test_a_deployment_is_compiled_without_a_gpu(tmp_path: Path) -> None:
-    """What holds of a TPU, and what its kernels take."""
+    """Besides what holds of a TPU: the host decides nothing but whether the slice goes on."""
     path = tmp_path / "report.json"
     done = compile_in_process(
         "--model=random:tiny",
@@ -193,8 +193,8 @@ def test_a_deployment_is_compiled_without_a_gpu(tmp_path: Path) -> None:
         assert program["aliased_bytes"] >= report["pool_bytes"] and not program["pool_copies"]
     slices = report["programs"][:2]
     assert {sum(program["collectives"].values()) for program in slices} == {6}
-    assert all(program["host"]["waits"] > 0 for program in slices)
-    assert all(0 < program["host"]["step_launches"] < 70 for program in slices)
+    assert {program["host"]["waits"] for program in slices} == {1}
+    assert all(0 < program["host"]["step_launches"] < 60 for program in slices)
     kernels = {kernel["name"]: kernel for kernel in report["gpu_kernels"]}
     assert kernels.keys() >= {"paged_attention_decode", "paged_attention_tiles", "kv_write"}
     for kernel in kernels.values():
