@@ -196,7 +196,7 @@ def ban_stop_ids(
 ) -> Float[Array, "B V"]:
     """Set the ids that would stop a row to -inf while it has made fewer than min_tokens tokens."""
     B, V = logits_BV.shape
-    banned_B = made_B < params.min_tokens_B
+    banned_B = bans(made_B, params)
 
     def ban() -> Array:
         ids_BE = _stop_ids(params, eos_ids_E)
@@ -206,6 +206,11 @@ def ban_stop_ids(
         return logits_BV.at[jnp.arange(B)[:, None], ids_BE].set(-jnp.inf, mode="drop")
 
     return lax.cond(jnp.any(banned_B), ban, lambda: logits_BV)
+
+
+def bans(made_B: Int32[Array, " B"], params: RowParams) -> Bool[Array, " B"]:
+    """Whether `ban_stop_ids` changes a row's logits."""
+    return made_B < params.min_tokens_B
 
 
 def is_stop(

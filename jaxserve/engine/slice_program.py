@@ -252,20 +252,7 @@ class _Rows:
         """Draw a token for each active row from its logits, and see whether the row goes on."""
         active_B, output_B = loop.active_B, loop.length_B - self.prompt_length_B
         one_B = active_B.astype(jnp.int32)
-        x_BV = lax.cond(
-            self.any_extras,
-            lambda: sampling.apply_extras(
-                raw_BV,
-                loop.counts_RV.at[self.slot_B].get(mode="clip"),
-                state.bias_RV.at[self.slot_B].get(mode="clip"),
-                self.params,
-            ),
-            lambda: raw_BV,
-        )
-        x_BV = sampling.ban_stop_ids(x_BV, output_B, self.params, self.eos_ids)
-        drawn_B, finite_B = _sample(
-            x_BV, self.params, loop.length_B, active_B, backend=self.program.kernels
-        )
+        drawn_B, finite_B = self._sample(raw_BV, loop, state, output_B)
         logprobs = _token_logprobs(raw_BV, drawn_B, self.want_logprobs)
         stops_B = sampling.is_stop(drawn_B, self.params, self.eos_ids)
         length_B = loop.length_B + one_B
@@ -297,6 +284,36 @@ class _Rows:
                 loop.top_logprobs_SBN, logprobs[2][None], (*place, 0)
             ),
         )
+
+    def _sample(
+        self, raw_BV: Array, loop: _Loop, state: DeviceState, output_B: Array
+    ) -> tuple[Array, Array]:
+        """Each row's token and whether its logits were finite.
+
+        Where no row changes its logits they are read as they are: a branch that handed them on
+        would copy them.
+        """
+
+        def sample(x_BV: Array) -> tuple[Array, Array]:
+            return _sample(
+                x_BV, self.params, loop.length_B, loop.active_B, backend=self.program.kernels
+            )
+
+        def changed() -> Array:
+            x_BV = lax.cond(
+                self.any_extras,
+                lambda: sampling.apply_extras(
+                    raw_BV,
+                    loop.counts_RV.at[self.slot_B].get(mode="clip"),
+                    state.bias_RV.at[self.slot_B].get(mode="clip"),
+                    self.params,
+                ),
+                lambda: raw_BV,
+            )
+            return sampling.ban_stop_ids(x_BV, output_B, self.params, self.eos_ids)
+
+        changes = self.any_extras | jnp.any(sampling.bans(output_B, self.params))
+        return lax.cond(changes, lambda: sample(changed()), lambda: sample(raw_BV))
 
     def state_after(self, loop: _Loop, state: DeviceState) -> DeviceState:
         R = state.length_R.size
