@@ -105,15 +105,16 @@ def _load_step(op: Op, T: int, refs, block, kv_head, first, kept_T):
 
     `first` is a multiple of T, so that a step lies in one page or begins with one.
     """
-    kv_ref, scale_ref, table_ref = refs
+    kv_ref, scale_ref, table_ref, first_ref = refs
+    first_page = first_ref[0]
     step_T = jnp.arange(T, dtype=jnp.int32)
     page = lax.div(first, jnp.int32(op.S))
     if op.S >= T:
-        page_T = jnp.full(T, jnp.clip(table_ref[block, page], 0, op.N - 1))
+        page_T = jnp.full(T, jnp.clip(table_ref[block, page] + first_page, 0, op.N - 1))
         slot_T = lax.rem(first, jnp.int32(op.S)) + step_T
     else:
         page_T = jnp.minimum(page + lax.div(step_T, jnp.int32(op.S)), op.P - 1)
-        page_T = jnp.clip(load(table_ref, (block, page_T)), 0, op.N - 1)
+        page_T = jnp.clip(load(table_ref, (block, page_T)) + first_page, 0, op.N - 1)
         slot_T = lax.rem(step_T, jnp.int32(op.S))
     lane_E = jnp.arange(op.E, dtype=jnp.int32)
     mask_TE = None
@@ -135,6 +136,7 @@ def _load_step(op: Op, T: int, refs, block, kv_head, first, kept_T):
 def over_keys(op: Op, T: int, refs, block, kv_head, q_ME, seen, spans):
     """Running softmax over `spans` of keys; returns maximum m_M, sum l_M and weighted values o_ME.
 
+    `refs` are the pool, its scales, the page tables and the page that their ids count from.
     Maxima are exponents of 2.
     `seen` is (first_key, last_M): before the first key nothing is read, and row m sees keys up to
     last_M[m] and within its window (None: every row sees all that is read). A span is (a multiple

@@ -51,6 +51,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
+    first_page: Int[Array, ""] | int = 0,
     backend: str = "auto",
 ) -> Float[Array, "B Q H C"]:
     """Attend from blocks of consecutive queries to the pages of their rows; returns out_BQHC.
@@ -62,8 +63,9 @@ def paged_attention(
     With a `window`, position p sees the `window` newest keys up to its own (Beltagy et al. 2020).
     Query head h reads kv head h // G. Scores are scaled by `scale` (default: C ** -0.5) and then,
     with a `soft_cap`, bent to cap * tanh(score / cap) (Gemma 2). The softmax and all sums are
-    float32, whatever the types of queries and pages. A page id outside 0..N-1 is read as some page
-    of the pool; entries of the table past a row's length mean nothing.
+    float32, whatever the types of queries and pages. Ids in the table count from `first_page`, so
+    that one table serves every layer of a pool. A page id outside 0..N-1 is read as some page of
+    the pool; entries of the table past a row's length mean nothing.
 
     `backend` is a name of backend.py. The decode kernel of `cpu` reads `KvPages` and the Pallas
     kernels `RowPages`; `xla` and `reference` read either.
@@ -86,7 +88,12 @@ def paged_attention(
             f" {backends.XLA!r} reads either"
         )
     attend = _find(name, one_query=q_BQHC.shape[1] == 1)
-    options = {"window": window, "soft_cap": soft_cap, "scale": C**-0.5 if scale is None else scale}
+    options: dict[str, Any] = {"window": window, "soft_cap": soft_cap}
+    options["scale"] = C**-0.5 if scale is None else scale
+    if name == backends.PALLAS_GPU:
+        options["first_page"] = first_page
+    else:
+        table_BP = table_BP + first_page
     return attend(q_BQHC, pages, table_BP, len_B, start_B, **options)
 
 

@@ -86,10 +86,14 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     scale: float | None,
+    first_page: jax.Array | int = 0,
     interpret: bool = False,
     blocks: GpuBlocks | None = None,
 ) -> jax.Array:
     """Attend from blocks of queries to pages, as `paged_attention` says; returns out_BQHC.
+
+    Ids of pages are shifted where they are read: shifted tables of each layer would be written and
+    read at each step.
 
     Products are bfloat16 with float32 sums, or float32 throughout (no TF32) when queries or pages
     are float32. `blocks` replaces the block sizes of the table.
@@ -113,13 +117,15 @@ def attend(
             dtype=pages.kv_NKSD.dtype,
         )
     run = _decode if op.Q == 1 else _tiles
-    return run(op, blocks, q_BQHC, pages, table_BP, len_B, start_B)
+    first_1 = jnp.asarray(first_page, jnp.int32).reshape(1)
+    kv = (pages.kv_NKSD, pages.scale_NKZ, table_BP, first_1)
+    return run(op, blocks, q_BQHC, kv, len_B, start_B)
 
 
 # -- Tiles: several queries per row --------------------------------------------------------------
 
 
-def _tiles(op: Op, blocks: GpuBlocks, q_BQHC, pages, table_BP, len_B, start_B):
+def _tiles(op: Op, blocks: GpuBlocks, q_BQHC, kv, len_B, start_B):
     tile = blocks.tile
     M = min(tile.rows, max(16, pl.next_power_of_2(op.Q * op.G)))
     return pl.pallas_call(
@@ -129,13 +135,12 @@ def _tiles(op: Op, blocks: GpuBlocks, q_BQHC, pages, table_BP, len_B, start_B):
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=op.interpret,
         name="paged_attention_tiles",
-    )(q_BQHC, pages.kv_NKSD, pages.scale_NKZ, table_BP, len_B, start_B)
+    )(q_BQHC, *kv, len_B, start_B)
 
 
-def _tile_kernel(
-    op: Op, M: int, T: int, q_ref, kv_ref, scale_ref, table_ref, len_ref, start_ref, out_ref
-):
+def _tile_kernel(op: Op, M: int, T: int, q_ref, *refs):
     """M query rows of one kv head and block, over all keys that any of them sees."""
+    *kv_refs, len_ref, start_ref, out_ref = refs
     kv_head = pl.program_id(1)
     block = op.B - 1 - pl.program_id(2)
     row_M = pl.program_id(0) * M + jnp.arange(M, dtype=jnp.int32)
@@ -159,15 +164,14 @@ def _tile_kernel(
     spans = [(whole_begin, whole_end, False), (whole_end, end, True)]
     if op.window is not None:
         spans.insert(0, (begin, whole_begin, True))
-    refs = (kv_ref, scale_ref, table_ref)
-    _, l_M, o_ME = over_keys(op, T, refs, block, kv_head, q_ME, (first_key, last_M), spans)
+    _, l_M, o_ME = over_keys(op, T, kv_refs, block, kv_head, q_ME, (first_key, last_M), spans)
     plgpu.store(out_ref.at[at], normalised(l_M, o_ME).astype(out_ref.dtype), mask=exists_ME)
 
 
 # -- Decode: one query per row, its keys in pieces ------------------------------------------------
 
 
-def _decode(op: Op, blocks: GpuBlocks, q_BQHC, pages, table_BP, len_B, start_B):
+def _decode(op: Op, blocks: GpuBlocks, q_BQHC, kv, len_B, start_B):
     decode = blocks.decode
     X = min(decode.most_pieces, pl.cdiv(op.P * op.S, decode.piece_keys))
     programs = min(decode.programs, op.B * op.K * X)
@@ -180,11 +184,10 @@ def _decode(op: Op, blocks: GpuBlocks, q_BQHC, pages, table_BP, len_B, start_B):
         interpret=op.interpret,
         name="paged_attention_decode",
     )
-    operands = (q_BQHC, pages.kv_NKSD, pages.scale_NKZ, table_BP, len_B, start_B)
     out = jax.ShapeDtypeStruct(q_BQHC.shape, q_BQHC.dtype)
     part_BXH = jax.ShapeDtypeStruct((op.B, X, op.H), jnp.float32)
     part_BXHC = jax.ShapeDtypeStruct((op.B, X, op.H, op.C), jnp.float32)
-    parts = call(out_shape=(part_BXH, part_BXH, part_BXHC))(*operands)
+    parts = call(out_shape=(part_BXH, part_BXH, part_BXHC))(q_BQHC, *kv, len_B, start_B)
     return pl.pallas_call(
         partial(_join_kernel, op, decode),
         grid=(op.H, op.B),
@@ -220,7 +223,7 @@ def _cut(op: Op, decode: DecodeBlocks, length, start) -> _Cut:
 
 def _decode_kernel(op: Op, decode: DecodeBlocks, programs: int, *refs):
     """Every `programs`-th pair of a piece and a kv head, over all rows."""
-    q_ref, kv_ref, scale_ref, table_ref, len_ref, start_ref, m_ref, l_ref, o_ref = refs
+    q_ref, *kv_refs, len_ref, start_ref, m_ref, l_ref, o_ref = refs
     row_B = jnp.arange(pl.next_power_of_2(op.B), dtype=jnp.int32)
     exists_B = row_B < op.B
     lengths = (load(ref, (row_B,), exists_B) for ref in (len_ref, start_ref))
@@ -244,7 +247,7 @@ def _decode_kernel(op: Op, decode: DecodeBlocks, programs: int, *refs):
         m_M, l_M, o_ME = over_keys(
             op,
             decode.step_keys,
-            (kv_ref, scale_ref, table_ref),
+            kv_refs,
             row,
             kv_head,
             q_ME,

@@ -6,7 +6,7 @@ Dimension key: X = N * Q + B queries  N prompt tiles  Q queries per tile  B rows
 C channels per head  P pages per row
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,6 +33,7 @@ def ragged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
+    first_page: Int[Array, ""] | int = 0,
     backend: str = "auto",
 ) -> Float[Array, "X H C"]:
     """Attend from N tiles of Q prompt tokens, then one token of each of B rows; returns out_XHC.
@@ -51,7 +52,8 @@ def ragged_attention(
     """
     B, N = table_BP.shape[0], tiles.row_N.shape[0]
     num_prompt = q_XHC.shape[0] - B
-    options = {"window": window, "soft_cap": soft_cap, "scale": scale, "backend": backend}
+    options: dict[str, Any] = {"window": window, "soft_cap": soft_cap, "scale": scale}
+    options |= {"first_page": first_page, "backend": backend}
     out_B1HC = paged_attention(
         q_XHC[num_prompt:, None], pages, table_BP, length_B, length_B - 1, **options
     )

@@ -114,7 +114,7 @@ class SliceProgram:
             layer: Array | int, q_BHC: Array, k_BKC: Array, v_BKC: Array, pages: Pages
         ) -> tuple[Array, Pages]:
             pages = rows.write(pages, layer, k_BKC, v_BKC, write_at, loop.active_B)
-            out_BHC = self._attend(q_BHC, pages, rows.table(layer), rows.no_tiles, length_B)
+            out_BHC = self._attend(q_BHC, pages, rows, layer, rows.no_tiles, length_B)
             return out_BHC, pages
 
         hidden_BD, pages = decoder(
@@ -134,13 +134,19 @@ class SliceProgram:
             layer: Array | int, q_XHC: Array, k_XKC: Array, v_XKC: Array, pages: Pages
         ) -> tuple[Array, Pages]:
             pages = rows.write(pages, layer, k_XKC, v_XKC, write_at, valid_X)
-            return self._attend(q_XHC, pages, rows.table(layer), rows.tiles, length_B), pages
+            return self._attend(q_XHC, pages, rows, layer, rows.tiles, length_B), pages
 
         hidden_XD, pages = decoder(token_X, position_X, attend, loop.pages, loop=self.loop_layers)
         return pages, hidden_XD[rows.sample_from_B]
 
     def _attend(
-        self, q_XHC: Array, pages: Pages, table_BP: Array, tiles: Tiles, length_B: Array
+        self,
+        q_XHC: Array,
+        pages: Pages,
+        rows: "_Rows",
+        layer: Array | int,
+        tiles: Tiles,
+        length_B: Array,
     ) -> Array:
         """Prompt tiles, then one query per row, its newest token, over the `length_B` keys it has.
 
@@ -148,7 +154,14 @@ class SliceProgram:
         """
         attend = ragged_attention if self.loop_layers else _attention
         return attend(
-            q_XHC, pages, table_BP, tiles, length_B, window=self.window, backend=self.kernels
+            q_XHC,
+            pages,
+            rows.table_BP,
+            tiles,
+            length_B,
+            window=self.window,
+            first_page=layer * rows.layer_pages,
+            backend=self.kernels,
         )
 
 
@@ -200,10 +213,6 @@ class _Rows:
         page_size = self.state.pages.page_size
         column_X = jnp.minimum(position_X // page_size, self.table_BP.shape[1] - 1)
         return self.table_BP[row_X, column_X], position_X % page_size
-
-    def table(self, layer: Array | int) -> Array:
-        """The page tables in the pool of all layers."""
-        return self.table_BP + layer * self.layer_pages
 
     def write(
         self,

@@ -27,11 +27,12 @@ CAPACITY = P * S
 def jitted(backend, window=None, soft_cap=None, scale=None):
     options = {"window": window, "soft_cap": soft_cap, "scale": scale}
 
-    def call(q_BQHC, pages, *rest):
+    def call(q_BQHC, pages, table_BP, len_B, start_B, first_page=0):
         if backend == "rows" and isinstance(pages, KvPages):
             pages = as_rows(pages)
         name = "xla" if backend == "rows" else backend
-        return paged_attention(q_BQHC, pages, *rest, backend=name, **options)
+        rest = (table_BP, len_B, start_B)
+        return paged_attention(q_BQHC, pages, *rest, first_page=first_page, backend=name, **options)
 
     return jax.jit(call)
 
@@ -264,6 +265,22 @@ def test_a_mixed_step_is_its_tiles_and_its_rows(backend):
     assert_close(got_XHC[4 * Q + 1], alone(4 * Q + 1, 1, 20))
     decode = ragged(q_XHC[-4:], pages, table_BP, Tiles(*(x[:0] for x in tiles)), length_B)
     np.testing.assert_array_equal(decode, got_XHC[-4:])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "pallas_gpu"])
+@pytest.mark.parametrize("Q", [1, 3])
+def test_a_table_counts_from_the_first_page(backend, Q):
+    """And ids that then lie outside the pool are read as some page of it."""
+    q_BQHC, pages, table_BP, *rest = random_batch(11, [5, 0, CAPACITY], Q=Q)
+    if backend == "pallas_gpu":
+        pages = as_rows(pages)
+        pages = RowPages(pages.kv_NKSD[..., : 2 * C], None)
+    run = jitted(backend)
+    want = run(q_BQHC, pages, table_BP, *rest)
+    for shift in (-3, 5):
+        got = run(q_BQHC, pages, table_BP - shift, *rest, jnp.int32(shift))
+        np.testing.assert_array_equal(got, want)
+    assert jnp.isfinite(run(q_BQHC, pages, table_BP, *rest, jnp.int32(1000))).all()
 
 
 def test_pages_that_a_backend_does_not_read_are_refused():
