@@ -42,7 +42,9 @@ class Part(NamedTuple):
 
 
 # Adds loops to what XLA makes CUDA graphs of, which leaves a whole slice to the device. The host
-# need not wait for each step then; whether that is faster, and right, is what is asked.
+# need not wait for each step then; whether that is faster, and right, is what is asked. Such a loop
+# is one command to XLA (jax 0.10.2), and fewer than five in a row make no graph: a short program
+# would lose the graph in its loop's body. A slice has more around its loop, which a test holds.
 _LOOPS_IN_GRAPHS: Final = "--xla_gpu_enable_command_buffer=+WHILE"
 
 # Limits add up to less than nine minutes. The option matrix is as large as time is left: last.
