@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     What a part leaves of its limit, later ones may use; one that `stretches` measures for longer
     then. `ours` are the parts that must succeed, `holds_memory` those that take the device's memory
-    at the start, as serving does.
+    at the start, as serving does. `xla_flags` are added to those that all parts have.
     """
 
     run: Callable[[float, Report], None]
@@ -38,19 +38,36 @@ class Part(NamedTuple):
     ours: bool = True
     holds_memory: bool = False
     stretches: bool = False
+    xla_flags: str = ""
 
+
+# Adds loops to what XLA makes CUDA graphs of, which leaves a whole slice to the device. The host
+# need not wait for each step then; whether that is faster, and right, is what is asked. Such a loop
+# is one command to XLA (jax 0.10.2), and fewer than five in a row make no graph: a short program
+# would lose the graph in its loop's body. A slice has more around its loop, which a test holds.
+_LOOPS_IN_GRAPHS: Final = "--xla_gpu_enable_command_buffer=+WHILE"
 
 # Limits add up to less than nine minutes. The option matrix is as large as time is left: last.
 PARTS: Final[dict[str, Part]] = {
-    "device": Part(gpu_parts.device, 0, 45),
-    "kernels": Part(gpu_parts.kernels, 30, 70),
+    "device": Part(gpu_parts.device, 0, 40),
+    "kernels": Part(gpu_parts.kernels, 30, 60),
+    "sampling": Part(gpu_parts.sampling, 0, 40),
     "engine": Part(gpu_parts.engine, 60, 120, holds_memory=True),
+    "graphs": Part(
+        gpu_parts.graphs, 0, 45, ours=False, holds_memory=True, xla_flags=_LOOPS_IN_GRAPHS
+    ),
     "transformers": Part(gpu_parts.transformers, 30, 60, ours=False),
     "libraries": Part(gpu_parts.libraries, 30, 60, ours=False),
-    "profile": Part(gpu_parts.profile, 25, 85, holds_memory=True),
-    "correctness": Part(gpu_parts.correctness, 65, 95, stretches=True),
+    "profile": Part(gpu_parts.profile, 20, 75, holds_memory=True),
+    "correctness": Part(gpu_parts.correctness, 5, 35, stretches=True),
 }
 
+SAMPLED_BOUND: Final = 0.9
+"""Of greedy decode's tokens per second, what sampled decode is to reach."""
+
+_SAMPLED: Final = (
+    f"sampled (temperature {gpu_parts.SAMPLED.temperature}, top_p {gpu_parts.SAMPLED.top_p})"
+)
 _CONFIG_ERROR: Final = 2
 _SPARE: Final = "GPU_CHECK_SPARE_S"  # environment variable: seconds that earlier parts left
 
@@ -96,6 +113,9 @@ def run_all(
             environment = os.environ | shared | {_SPARE: str(spare_s)}
             if not part.holds_memory:
                 environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+            if part.xla_flags:
+                flags = environment.get("XLA_FLAGS", "")
+                environment["XLA_FLAGS"] = f"{flags} {part.xla_flags}".strip()
             failure = _run(command(name, str(path)), limit_s, environment)
             numbers[name] = json.loads(path.read_text()) if path.exists() else {}
             blind = name == "device" and "error" in numbers[name]
@@ -134,9 +154,14 @@ def _run(command: list[str], limit_s: float, environment: dict[str, str]) -> str
 
 def _compare(numbers: Numbers) -> None:
     """Put beside each other what several parts measured."""
+    steps = numbers.get("engine", {}).get("steps", [])
+    for step in steps:
+        step["sampled_rate"] = step["step_s"] / step["sampled_step_s"]
+    _add_sampled_rates(numbers.get("sampling", {}), steps)
+    _add_ratios(numbers.get("graphs", {}).get("steps", []), steps)
     rates = numbers.get("kernels", {}).get("rates")
     if rates:
-        _add_rooflines(numbers.get("engine", {}).get("steps", []), rates)
+        _add_rooflines(steps, rates)
         sizes = TINY if numbers["kernels"].get("interpreted_at_tiny_sizes") else FULL
         lengths = dict(sizes.decode)
         for row in numbers.get("libraries", {}).get("rows", []):
@@ -158,6 +183,30 @@ def _add_rooflines(steps: list[Numbers], rates: Numbers) -> None:
         step["share"] = step["roofline_s"] / step["step_s"]
 
 
+def _add_sampled_rates(sampling: Numbers, steps: list[Numbers]) -> None:
+    """Of greedy decode's rate, what each kind of row would leave: by the kernel's time, where the
+    engine has measured a step of as many rows."""
+    rows = sampling.get("rows", [])
+    times = [step["step_s"] for step in steps if step["rows"] == sampling.get("count")]
+    if not times or not rows or rows[0]["kind"] != "greedy":
+        return
+    for row in rows:
+        if rows[0]["kernel_s"] is not None and row["kernel_s"] is not None:
+            extra_s = row["kernel_s"] - rows[0]["kernel_s"]
+            row["sampled_rate"] = times[0] / (times[0] + extra_s)
+
+
+def _add_ratios(graphs: list[Numbers], steps: list[Numbers]) -> None:
+    """What a step takes in a CUDA graph over what the engine part's took, and the share of rows
+    whose tokens are the same."""
+    for step in graphs:
+        for other in steps:
+            if (other["rows"], other["context"]) == (step["rows"], step["context"]):
+                step["ratio"] = step["step_s"] / other["step_s"]
+                words = list(zip(step["tokens"].split(), other["tokens"].split(), strict=True))
+                step["same_tokens"] = sum(a == b for a, b in words) / len(words)
+
+
 def best_rate(part: Numbers) -> float | None:
     """Tokens per second of the best run of a batch, None without any."""
     return max((run["tokens_per_s"] for run in part.get("runs", [])), default=None)
@@ -168,9 +217,11 @@ def passed(numbers: Numbers) -> bool:
     parts = {name: numbers.get(name, {"error": "did not run"}) for name in PARTS}
     if any("error" in parts[name] for name, part in PARTS.items() if part.ours):
         return False
-    rows = [row for row in parts["kernels"]["rows"] if row["kernel"] == OURS]
-    timed = bool(rows) and all(row["seconds"] is not None for row in rows)
-    return timed and not parts["correctness"]["wrong"] and parts["correctness"]["checked"] > 0
+    times = [row["seconds"] for row in parts["kernels"]["rows"] if row["kernel"] == OURS]
+    sampling_times = [row["kernel_s"] for row in parts["sampling"]["rows"]]
+    timed = times and sampling_times and None not in times + sampling_times
+    checks = [parts["correctness"], parts["sampling"]]
+    return bool(timed) and all(each["checked"] > 0 and not each["wrong"] for each in checks)
 
 
 def summary(numbers: Numbers) -> Iterator[str]:
@@ -187,6 +238,29 @@ def _correctness_lines(part: Numbers) -> Iterator[str]:
         worst = ", ".join(f"{name} {error:.1e}" for name, error in part["worst_error"].items())
         yield f"correctness  {part['checked']} of {part['of']} kernels; largest error: {worst}"
         yield from (f"correctness  WRONG {line}" for line in part["wrong"][:10])
+
+
+def _sampling_lines(part: Numbers) -> Iterator[str]:
+    if part.get("checked"):
+        yield (
+            f"sampling     {part['checked']} of {part['of']} kinds of rows;"
+            f" {part['at_boundary']} draws on a boundary, which rounding decides"
+        )
+        yield from (f"sampling     WRONG {line}" for line in part["wrong"][:10])
+    for row in part.get("rows", []):
+        line = f"sampling     {part['count']} x {part['vocabulary']} {row['kind']:16s}"
+        if row["kernel_s"] is not None:
+            line += f"{row['kernel_s'] * 1e6:9.1f} us"
+        if "sampled_rate" in row:
+            line += f", decode {_beside_bound(row['sampled_rate'])}"
+        if row["xla_s"] is not None:
+            line += f"; XLA {row['xla_s'] * 1e6:.1f} us"
+        yield f"{line} {row['note']}".rstrip()
+
+
+def _beside_bound(rate: float) -> str:
+    missed = "" if rate >= SAMPLED_BOUND else ", MISSED"
+    return f"{rate:.2f}x of greedy (bound {SAMPLED_BOUND}{missed})"
 
 
 def _kernel_lines(part: Numbers) -> Iterator[str]:
@@ -224,12 +298,25 @@ def _engine_lines(part: Numbers) -> Iterator[str]:
             line += f", roofline {step['roofline_s'] * 1e3:.2f} ms ({step['bound']})"
             line += f", {step['share']:.1%}"
         yield f"{line}; {part['kernels']['paged_attention']}"
+        yield (
+            f"step         {step['rows']} x {step['context']} {_SAMPLED}:"
+            f" {step['sampled_step_s'] * 1e3:.2f} ms, {_beside_bound(step['sampled_rate'])}"
+        )
     if part.get("runs"):
         batch = part["batch"]
         yield (
             f"batch        {batch['count']} x ({batch['prompt_tokens']} + {batch['output_tokens']})"
             f" tokens: {best_rate(part):,.0f} tokens/s"
         )
+
+
+def _graphs_lines(part: Numbers) -> Iterator[str]:
+    for step in part.get("steps", []):
+        line = f"graphs       {step['rows']} x {step['context']}: {step['step_s'] * 1e3:.2f} ms"
+        if "ratio" in step:
+            line += f", {step['ratio']:.3f} of a step whose loop the host drives"
+            line += f"; tokens of {step['same_tokens']:.0%} of rows are the same"
+        yield line
 
 
 def _transformers_lines(part: Numbers) -> Iterator[str]:
@@ -249,9 +336,11 @@ def _profile_lines(part: Numbers) -> Iterator[str]:
 
 _LINES: Final[dict[str, Callable[[Numbers], Iterator[Any]]]] = {
     "correctness": _correctness_lines,
+    "sampling": _sampling_lines,
     "kernels": _kernel_lines,
     "libraries": _library_lines,
     "engine": _engine_lines,
+    "graphs": _graphs_lines,
     "transformers": _transformers_lines,
     "profile": _profile_lines,
 }

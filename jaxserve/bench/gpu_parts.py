@@ -12,7 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxserve.bench.peers.protocol import KernelResult, WorkloadResult
 from jaxserve.bench.peers.workload import Request, equal_requests
 from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings, parse
+from jaxserve.request import SamplingParams
 
 Numbers = dict[str, Any]
 
@@ -150,6 +152,48 @@ def kernels(seconds: float, report: Report) -> None:
         report.save()
 
 
+def sampling(seconds: float, report: Report) -> None:
+    """Our sampling kernel beside XLA's path: the same tokens, and seconds a call.
+
+    It takes as long as compiling does, not `seconds`. A kind of row that is wrong gets no time.
+    """
+    from jaxserve.bench import sampling_kernel
+
+    check_jax()
+    sizes = sampling_kernel.FULL if wants_gpu() else sampling_kernel.TINY
+    first, *others = sizes.vocabularies
+    wrong: list[str] = []
+    timed: list[Numbers] = []
+    report.save(
+        count=sizes.rows,
+        vocabulary=first,
+        checked=0,
+        of=len(sizes.vocabularies) * len(sampling_kernel.KINDS),
+        at_boundary=0,
+        wrong=wrong,
+        rows=timed,
+    )
+
+    def check(vocabularies: Iterable[int]) -> list[str]:
+        """Returns the kinds that were right."""
+        right = []
+        for case in sampling_kernel.check(sizes.rows, vocabularies):
+            report.numbers["checked"] += 1
+            report.numbers["at_boundary"] += case.at_boundary
+            wrong.extend(f"{case.vocabulary}, {case.kind}: {line}" for line in case.wrong)
+            report.save_now_and_then()
+            if not case.wrong:
+                right.append(case.kind)
+        return right
+
+    kinds = check([first])
+    for row in sampling_kernel.measure(sizes.rows, first, kinds, budget_s=sizes.budget_s):
+        timed.append(row._asdict())
+        report.save()
+    check(others)
+    report.save()
+
+
 def libraries(seconds: float, report: Report) -> None:
     """The kernels of torch's libraries on the same shapes, in the peers' Python."""
     python = os.environ.get(PEERS_PYTHON) or sys.executable
@@ -227,6 +271,10 @@ _STEPS: Final = ((64, 1024), (256, 1024))
 _TINY_STEPS: Final = ((2, 32), (8, 48))
 _SLICE_STEPS: Final = 32
 
+SAMPLED: Final = SamplingParams(temperature=0.8, top_p=0.9, ignore_eos=True)
+"""How the rows of a sampled slice are drawn. Random weights make flat logits, and so large nuclei:
+the slowest rows there are."""
+
 
 def _settings(rows: int, prompt_tokens: int, num_pages: int) -> Settings:
     """What `jaxserve profile` would make of a deployment of so many rows, prompt tokens per step
@@ -256,9 +304,11 @@ class _Deployment(NamedTuple):
     buckets: tuple[Any, ...]
 
 
-def _deploy(settings: Settings, report: Report, *, few: bool) -> _Deployment:
-    """Build what serving would, with weights drawn on the device. With `few` programs: decoding of
-    each of the rows to be timed, and one with prompts."""
+def _deploy(
+    settings: Settings, report: Report, *, steps: Sequence[tuple[int, int]] = ()
+) -> _Deployment:
+    """Build what serving would, with weights drawn on the device. Where `steps` are to be timed,
+    with few programs: decoding of the rows of each, and one with prompts, which starts rows."""
     from jaxserve.bench.device_weights import draw_weights
     from jaxserve.config import EngineConfig
     from jaxserve.engine.buckets import Bucket
@@ -270,8 +320,8 @@ def _deploy(settings: Settings, report: Report, *, few: bool) -> _Deployment:
     source = parse_source(config.model)
     model = load_model_config(source)
     buckets = serving_buckets(config)
-    if few:
-        rows = [rows for rows, _ in _steps()]
+    if steps:
+        rows = [rows for rows, _ in steps]
         tiles = config.scheduler.max_prefill_tokens // TILE
         buckets = (*(Bucket(n, 0) for n in rows), Bucket(max(rows[0], batch().count), tiles))
     began_s = time.monotonic()
@@ -298,20 +348,35 @@ def _steps() -> tuple[tuple[int, int], ...]:
 
 
 def engine(seconds: float, report: Report) -> None:
-    """Decode steps of whole slices, with the bytes and products that they take at least; then the
-    batch that transformers runs as well.
+    """Decode steps of whole slices, greedy and sampled, with the bytes and products that they take
+    at least; then the batch that transformers runs as well.
 
     The bytes and FLOPs are those of the computed profiles: every weight and every row's keys read
     once. It takes as long as building a deployment does, not `seconds`.
     """
+    _run_batches(_deploy_and_time(_steps(), report), report)
+
+
+def graphs(seconds: float, report: Report) -> None:
+    """The decode steps of the smaller slice once more, as XLA compiles it by this process's flags:
+    those that bring its loop into a CUDA graph, where `scripts/gpu_check` runs it.
+
+    It takes as long as building a deployment does, not `seconds`.
+    """
+    report.save(xla_flags=os.environ.get("XLA_FLAGS", ""))
+    _deploy_and_time(_steps()[:1], report)
+
+
+def _deploy_and_time(steps: Sequence[tuple[int, int]], report: Report) -> _Deployment:
     # 256 rows of 1 k tokens and a slice, in 36 GiB.
-    deployment = _deploy(_settings(256, 2048, 4608), report, few=True)
-    steps: list[Numbers] = []
-    report.save(steps=steps)
-    for step in _time_steps(deployment):
-        steps.append(step)
-        report.say(f"{step['rows']} x {step['context']}: {step['step_s'] * 1e3:.2f} ms a step")
-    _run_batches(deployment, report)
+    deployment = _deploy(_settings(256, 2048, 4608), report, steps=steps)
+    timed: list[Numbers] = []
+    report.save(steps=timed)
+    for step in _time_steps(deployment, steps):
+        timed.append(step)
+        times = f"{step['step_s'] * 1e3:.2f} ms a step, {step['sampled_step_s'] * 1e3:.2f} sampled"
+        report.say(f"{step['rows']} x {step['context']}: {times}")
+    return deployment
 
 
 def _limits(deployment: _Deployment) -> Any:  # measure.Limits
@@ -322,28 +387,38 @@ def _limits(deployment: _Deployment) -> Any:  # measure.Limits
     return replace(limits, buckets=buckets)
 
 
-def _time_steps(deployment: _Deployment) -> Iterator[Numbers]:
+def _time_steps(deployment: _Deployment, steps: Sequence[tuple[int, int]]) -> Iterator[Numbers]:
     from jaxserve.engine.measure import Point, SliceBench
     from jaxserve.models.profile import ModelShape
     from jaxserve.schedulers.estimators.roofline_time import DEVICES, RooflineTime
 
     config, executor, info, _ = deployment
-    bench = SliceBench(executor, _limits(deployment))
+    limits = _limits(deployment)
     # Bytes and products are the model's; the data sheet's rates are not read.
     sizes = ModelShape.of(info.config).sizes(info.dtype, config.cache.kv_dtype)
     counts = RooflineTime(sizes=sizes, device=DEVICES["h200"], num_devices=1)
-    for rows, context in _steps():
+    for rows, context in steps:
         point = Point(_SLICE_STEPS, (context,) * rows)
-        bench.run(point)
-        times = [bench.run(point)[1] / _SLICE_STEPS for _ in range(5)]
+        step_s, tokens = _time_slice(SliceBench(executor, limits), point)
+        sampled_s, sampled = _time_slice(SliceBench(executor, limits, params=SAMPLED), point)
         attended = rows * (context + _SLICE_STEPS / 2)
         yield {
             "rows": rows,
             "context": context,
-            "step_s": statistics.median(times),
+            "step_s": step_s,
+            "sampled_step_s": sampled_s,
+            "tokens": f"{tokens} {sampled}",
             "bytes": counts.step_bytes(rows, rows, attended),
             "flops": counts.step_flops(rows, rows, attended),
         }
+
+
+def _time_slice(bench: Any, point: Any) -> tuple[float, str]:  # SliceBench, Point
+    """Seconds of a step, and a word for each row that stands for its tokens."""
+    bench.run(point)
+    times = [bench.run(point)[1] / point.steps for _ in range(5)]
+    words = [f"{zlib.crc32(str(made).encode()):08x}" for made in bench.made]
+    return statistics.median(times), " ".join(words)
 
 
 def _run_batches(deployment: _Deployment, report: Report) -> None:
@@ -377,7 +452,7 @@ def profile(seconds: float, report: Report) -> None:
     """
     from jaxserve.engine.measured_profile import measure_profile
 
-    config, executor, info, buckets = _deploy(_settings(16, 512, 4096), report, few=False)
+    config, executor, info, buckets = _deploy(_settings(16, 512, 4096), report)
     done = measure_profile(
         config,
         executor,

@@ -1,10 +1,12 @@
 """What sampling is held to, whatever runs it: one row's kept weights, in float64, by a full sort.
 
+Two ways of running it are held to each other, by the same weights where they part.
+
 Dimension key: B rows  V vocabulary
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ import numpy as np
 from jaxserve.kernels.sampling import RowParams
 
 Filter = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+
+_BOUNDARY: Final = 1e-5  # of a row's weight: so far float32 sums may be off
 
 
 def row_params(filters: Sequence[Filter], **overrides: Any) -> RowParams:
@@ -51,9 +55,49 @@ def reference_weights(logits_V: np.ndarray, row: Filter) -> np.ndarray:
     if top_k:
         keep_V &= key_V <= sorted_V[min(top_k, len(key_V)) - 1]
     if top_p < 1:
+        order_V = np.argsort(key_V)
         mass_V = np.where(keep_V, weight_V, 0.0)
-        above_V = np.array([mass_V[key_V < key].sum() for key in key_V])
+        before_V = np.cumsum(mass_V[order_V]) - mass_V[order_V]
+        above_V = before_V[np.searchsorted(key_V[order_V], key_V)]  # ties: before their first
         keep_V &= above_V < np.float32(top_p) * mass_V.sum() * (1 - 1e-6)
     if min_p:
         keep_V &= d_V <= -np.log(np.float32(min_p))
     return np.where(keep_V, weight_V, 0.0)
+
+
+def wrong_rows(
+    logits_BV: Any,
+    filters: Sequence[Filter],
+    active_B: np.ndarray,
+    u_B: Any,
+    got: tuple[Any, Any],
+    want: tuple[Any, Any],
+) -> Iterator[str]:
+    """What is wrong with rows of `got`, beside those of `want`; both as `sampling.sample` returns.
+
+    Tokens are equal but for draws that rounding may hand to the next kept token: the uniform `u_B`
+    lies on the boundary between the two, to five digits of the row's weight. Logits are read where
+    tokens differ.
+    """
+    (token_B, finite_B), (want_B, want_finite_B) = (map(np.asarray, each) for each in (got, want))
+    for b, row in enumerate(filters):
+        said = f"row {b}: got token {token_B[b]}, wanted {want_B[b]}"
+        if finite_B[b] != want_finite_B[b]:
+            yield f"row {b}: logits are usable: got {finite_B[b]}, wanted {want_finite_B[b]}"
+        elif not 0 <= token_B[b] < logits_BV.shape[1]:
+            yield said
+        elif want_finite_B[b] and token_B[b] != want_B[b]:
+            between = sorted((int(token_B[b]), int(want_B[b])))
+            if not active_B[b] or not _parts(np.asarray(logits_BV[b]), row, between, float(u_B[b])):
+                yield said
+
+
+def _parts(logits_V: np.ndarray, row: Filter, tokens: Sequence[int], u: float) -> bool:
+    """Whether two tokens, the lower id first, are neighbours among the kept and `u` parts them."""
+    temperature, top_k, *_ = row
+    if temperature == 0 or top_k == 1:
+        return False
+    weight_V, (first, last) = reference_weights(logits_V, row), tokens
+    neighbours = np.flatnonzero(weight_V[first : last + 1]).tolist() == [0, last - first]
+    boundary = weight_V[: first + 1].sum() / weight_V.sum()
+    return neighbours and bool(abs(boundary - u) < _BOUNDARY)

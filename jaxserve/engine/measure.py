@@ -26,6 +26,9 @@ from jaxserve.schedulers.estimators.serving_time import SliceShape
 MOST_STEPS: Final = 16
 """Longer slices only take longer to measure: a slice's time is a sum over its steps."""
 
+GREEDY: Final = SamplingParams(temperature=0.0, ignore_eos=True)
+"""No row ends before its slice does."""
+
 LEAST_ROUNDS: Final = 3
 _LINE_EVERY_S: Final = 2.0
 
@@ -79,13 +82,20 @@ class SliceBench:
     """Runs points on an executor whose rows it has to itself.
 
     With `busy`, a clock that stands still while others have the device, a slice's seconds are read
-    from it instead of the executor.
+    from it instead of the executor. Rows are sampled by `params`, each with a seed of its own;
+    `made` are the tokens of the newest slice, row by row.
     """
 
     def __init__(
-        self, executor: Executor, limits: Limits, *, busy: Callable[[], float] | None = None
+        self,
+        executor: Executor,
+        limits: Limits,
+        *,
+        busy: Callable[[], float] | None = None,
+        params: SamplingParams = GREEDY,
     ):
-        self._executor, self.limits, self._busy = executor, limits, busy
+        self._executor, self.limits, self._busy, self._params = executor, limits, busy, params
+        self.made: list[list[int]] = []
         self._number = itertools.count()
         self._prompt = np.ones(limits.max_context, np.int32)
         most = max((bucket.tiles for bucket in limits.buckets), default=0)
@@ -103,6 +113,7 @@ class SliceBench:
         began_s = self._busy() if self._busy else 0.0
         plan, result = self._slice(rows, point.steps)
         seconds = self._busy() - began_s if self._busy else result.slice_s
+        self.made = result.tokens
         shape = slice_shape(
             plan,
             lengths=[*contexts, *(start + size for start, size in point.chunks)],
@@ -130,8 +141,8 @@ class SliceBench:
         row = self._row(slot, start + size, steps)
         row.chunk = Chunk(self._prompt[:size], start)
         row.start = RowStart(
-            params=SamplingParams(temperature=0.0, ignore_eos=True),
-            seed=0,
+            params=self._params,
+            seed=slot,
             max_length=self.limits.max_context,
             prompt=self._prompt[: start + size],
             made=(),

@@ -80,6 +80,20 @@ def test_a_shape_counts_what_each_step_attends_to(bench: SliceBench) -> None:
     assert shape == SliceShape(3, 16, decoding + started, 128, 6 + 7 + 8 + 9)
 
 
+def test_rows_are_sampled_as_asked_each_with_a_seed_of_its_own() -> None:
+    device, plans = ScriptedExecutor(vocab_size=97), []
+    run, device.dispatch = device.dispatch, lambda plan: plans.append(plan) or run(plan)
+    params = SamplingParams(temperature=0.8, top_p=0.9, ignore_eos=True)
+    bench = SliceBench(device, LIMITS, params=params)
+    bench.run(Point(2, (10, 20), ((5, 4),)))
+    started = [row for plan in plans for row in plan.rows if row.start is not None]
+    assert [(row.start.params, row.start.seed) for row in started] == [
+        (params, row.slot) for row in started
+    ]
+    assert sorted(row.slot for row in started) == [0, 1, 2]
+    assert bench.made == [[3, 4], [3, 4], [2, 3]]  # one more each time; prompts are ones
+
+
 def test_rows_have_pages_of_their_own_in_a_pool_far_smaller_than_their_longest() -> None:
     limits = replace(LIMITS, max_context=131_072)
     device = ScriptedExecutor(vocab_size=97)

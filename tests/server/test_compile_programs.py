@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve import launch
+from jaxserve.bench import gpu_check
 from jaxserve.engine.compile_report import DeploymentReport, ProgramReport
 from jaxserve.models.gpu_target import GPU_LIMITS
 from jaxserve.models.topology import GPUS, TOPOLOGIES, TPUS, parse_topology
@@ -24,11 +25,11 @@ needs_ptxas = pytest.mark.skipif(
 )
 
 
-def compile_in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+def compile_in_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: libtpu is told what it is before JAX is loaded."""
     return subprocess.run(
         [sys.executable, "-m", "jaxserve", "compile", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -199,3 +200,20 @@ def test_a_deployment_is_compiled_without_a_gpu(tmp_path: Path) -> None:
     assert kernels.keys() >= {"paged_attention_decode", "paged_attention_tiles", "kv_write"}
     for kernel in kernels.values():
         assert kernel["spilled_bytes"] == 0 and kernel["per_core"] >= 1, kernel
+
+
+@needs_ptxas
+def test_a_slice_with_its_loop_in_a_cuda_graph_is_left_to_the_device(tmp_path: Path) -> None:
+    """As `scripts/gpu_check` compiles it in its part `graphs`."""
+    path = tmp_path / "report.json"
+    done = compile_in_process(
+        "--model=random:tiny",
+        "--topology=h200:1",
+        "--max_rows=1",
+        "--max_prefill_tokens=32",
+        f"--json={path}",
+        XLA_FLAGS=gpu_check.PARTS["graphs"].xla_flags,
+    )
+    assert done.returncode == 0, done.stderr
+    for program in json.loads(path.read_text())["programs"][:2]:
+        assert program["host"]["waits"] == 0 < program["host"]["step_launches"]
