@@ -20,6 +20,7 @@ def test_what_kernels_are_held_against_is_attention():
     assert worst_error(kernels.exact(*operands[:4]), batch.reference()) < 1e-6
 
 
+@pytest.mark.full
 def test_jaxs_own_kernel_is_right_and_a_wrong_one_gets_no_time():
     def broken(decode):
         return kernels.Kernel(lambda q, *rest: q, decode[:4])

@@ -203,6 +203,7 @@ def test_a_deployment_is_compiled_without_a_gpu(tmp_path: Path) -> None:
 
 
 @needs_ptxas
+@pytest.mark.full
 def test_a_slice_with_its_loop_in_a_cuda_graph_is_left_to_the_device(tmp_path: Path) -> None:
     """As `scripts/gpu_check` compiles it in its part `graphs`."""
     path = tmp_path / "report.json"
