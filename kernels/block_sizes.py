@@ -55,6 +55,7 @@ GPU: Final[dict[Key, GpuBlocks]] = {}
 TPU: Final[dict[Key, TpuBlocks]] = {}
 # tuned rows end
 
+_HOPPER: Final = ("NVIDIA H", "NVIDIA GH")  # H100, H200, GH200: with asynchronous matrix units
 _SMS: Final = 132  # H100 and H200; on a chip with fewer the programs of a decode step queue up
 
 # Not measured on a TPU, but read off the compiler's schedules: for 8 kv heads of 128 channels in
@@ -74,7 +75,7 @@ _Row = TypeVar("_Row")
 def gpu_blocks(device_kind: str, *, head_dim: int, page_size: int, dtype: DTypeLike) -> GpuBlocks:
     """The table's row, or `default_gpu_blocks`; `device_kind` is JAX's name, "NVIDIA H200" say."""
     row = _found(GPU, device_kind, head_dim, page_size, dtype)
-    return default_gpu_blocks(head_dim, dtype) if row is None else row
+    return default_gpu_blocks(device_kind, head_dim, dtype) if row is None else row
 
 
 def tpu_blocks(device_kind: str, *, head_dim: int, page_size: int, dtype: DTypeLike) -> TpuBlocks:
@@ -94,35 +95,40 @@ def default_tpu_blocks(device_kind: str) -> TpuBlocks:
     return _TPU_KINDS.get(device_kind, _ANY_TPU)
 
 
-def default_gpu_blocks(head_dim: int, dtype: DTypeLike) -> GpuBlocks:
-    """Sizes for a Hopper chip, from what its compiler says of registers and shared memory.
+def default_gpu_blocks(device_kind: str, head_dim: int, dtype: DTypeLike) -> GpuBlocks:
+    """Sizes from what the compiler says of registers and shared memory; for Hopper, and for others.
 
     Decode: steps of 32 KiB (16 for bytes, whose conversion takes registers), one on its way while
     one is worked on; three programs of 72 KiB and 4 warps of 150 registers fit a multiprocessor, so
     there are three. They keep 96 KiB on their way; at 4.8 TB/s and a microsecond 36 would do.
     Triton counts the look-up in the page table as a stage, hence 5 stages for two buffers, and the
-    copies overlap nothing with fewer. Tiles: 128 rows on 8 warps, one program per multiprocessor.
-    In 16 bits, heads of up to 128 take steps of 128 keys on 250 registers: 650 instructions of each
-    warp, where two steps of 64 take 880. Wider heads, and bytes, would spill. So would float32,
-    which no matrix unit takes, with more than 32 rows.
+    copies overlap nothing with fewer.
     """
-    itemsize = jnp.dtype(dtype).itemsize
-    key_bytes = 2 * pl.next_power_of_2(head_dim) * max(2, itemsize)
-    step_keys = max(16, min(128, 32768 // key_bytes))
-    long_steps = itemsize == 2 and head_dim <= 128
-    return GpuBlocks(
-        decode=DecodeBlocks(
-            step_keys=step_keys,
-            piece_keys=256,
-            most_pieces=32,
-            programs=3 * _SMS,
-            num_warps=4,
-            num_stages=7 if itemsize == 1 else 5,
-        ),
-        tile=TileBlocks(
-            step_keys=128 if long_steps else 16 if itemsize == 4 else min(64, step_keys),
-            rows=32 if itemsize == 4 else 128,
-            num_warps=8,
-            num_stages=4 if long_steps else 5,
-        ),
+    itemsize, lanes = jnp.dtype(dtype).itemsize, pl.next_power_of_2(head_dim)
+    step_keys = max(16, min(128, 32768 // (2 * lanes * max(2, itemsize))))
+    decode = DecodeBlocks(
+        step_keys=step_keys,
+        piece_keys=256,
+        most_pieces=32,
+        programs=3 * _SMS,
+        num_warps=4,
+        num_stages=7 if itemsize == 1 else 5,
     )
+    return GpuBlocks(decode, _default_tile(device_kind.startswith(_HOPPER), lanes, itemsize))
+
+
+def _default_tile(is_hopper: bool, lanes: int, itemsize: int) -> TileBlocks:
+    """128 rows on 8 warps, one program per multiprocessor, in steps as long as nothing spills.
+
+    On Hopper, in 16 bits and for heads of up to 128, that is 128 keys on 250 registers: 650
+    instructions of each warp, where two steps of 64 take 880. Elsewhere the matrix unit takes its
+    operands from registers. float32, which no matrix unit takes, has room for 32 rows.
+    """
+    if itemsize == 4:
+        return TileBlocks(step_keys=16, rows=32, num_warps=8, num_stages=5)
+    if not is_hopper:
+        rows = 128 if lanes <= 128 else 64
+        return TileBlocks(max(32, min(64, 4096 // lanes)), rows, num_warps=8, num_stages=5)
+    if itemsize == 2 and lanes <= 128:
+        return TileBlocks(step_keys=128, rows=128, num_warps=8, num_stages=4)
+    return TileBlocks(min(64, 8192 // lanes), rows=128, num_warps=8, num_stages=5)

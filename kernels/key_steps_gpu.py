@@ -66,9 +66,9 @@ class Op:
 
     @staticmethod
     def of(q_BQHC, pages: RowPages, table_BP, *, window, soft_cap, scale, interpret) -> "Op":
-        """Those of a call with these operands.
+        """Those of a call with these operands; scale and soft cap are positive.
 
-        Raises ValueError for pages beyond the lowering, and for a scale that is not positive.
+        Raises ValueError for pages beyond the lowering.
         """
         B, Q, H, C = q_BQHC.shape
         N, K, S, _ = pages.kv_NKSD.shape
@@ -80,8 +80,6 @@ class Op:
                 " allowed: less than 2 GiB or more than 4 GiB; try another kv_memory_fraction"
             )
         scale = C**-0.5 if scale is None else scale
-        if scale <= 0:
-            raise ValueError(f"scale: got {scale}; allowed: above 0")
         wide = jnp.float32 in (q_BQHC.dtype, stored)
         return Op(
             **dict(B=B, Q=Q, H=H, K=K, C=C, N=N, S=S, P=table_BP.shape[1]),

@@ -70,7 +70,8 @@ def paged_attention(
     `backend` is a name of backend.py. The decode kernel of `cpu` reads `KvPages` and the Pallas
     kernels `RowPages`; `xla` and `reference` read either.
 
-    Raises ValueError when sizes disagree, the backend is unknown or does not read such pages.
+    Raises ValueError when sizes disagree, scale or soft cap are not positive, or the backend is
+    unknown or does not read such pages.
     Source: Kwon et al. 2023 (PagedAttention); the running softmax is Milakov and Gimelshein 2018.
     """
     H, C = q_BQHC.shape[2:]
@@ -80,6 +81,9 @@ def paged_attention(
             f"pages hold {K} kv heads of {most} channels, got {H} query heads of {C};"
             " heads must be a multiple of the kv heads, and channels equal"
         )
+    for said, value in (("scale", scale), ("soft_cap", soft_cap)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{said}: got {value}; allowed: above 0")
     name = backends.resolve(backend)
     wanted = _LAYOUTS[name]
     if not isinstance(pages, wanted):

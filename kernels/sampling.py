@@ -23,8 +23,8 @@ kept tokens in order of id, not of weight: when logits change in the last bit (a
 a token's boundaries move by as little; a changed *order* would hand the draw to another token.
 
 On a GPU one kernel does what `sample` says, with the same thresholds (sampling_gpu.py); everywhere
-else it is XLA. They may part where a number falls on the boundary between two tokens: float32 sums
-in another order round otherwise.
+else it is XLA. They may part where a number falls on the boundary between two tokens, or a token
+on a threshold: there, sums, divisions and exponentials in float32 round otherwise.
 
 *Refused:* `lax.top_k` (64 of 4096 for 64 rows takes 1.6 ms on 2 CPU cores, over twice this whole
 path), and rejection sampling (as many passes, and more than one number per draw).

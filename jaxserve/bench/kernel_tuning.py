@@ -82,9 +82,8 @@ def tune(
 
     `quick` tries one value per kernel, which proves the way.
     """
-    if platform == "tpu":
-        return _tune_tpu(device_kind, sizes, dtype, say=say, quick=quick)
-    return _tune_gpu(sizes, dtype, say=say, quick=quick)
+    one = _tune_tpu if platform == "tpu" else _tune_gpu
+    return one(device_kind, sizes, dtype, say=say, quick=quick)
 
 
 def _tune_tpu(
@@ -102,9 +101,11 @@ def _tune_tpu(
     return descend(default_tpu_blocks(device_kind), {"ring": (2,)} if quick else _TPU, seconds)[0]
 
 
-def _tune_gpu(sizes: Sizes, dtype: str, *, say: Callable[[str], None], quick: bool) -> GpuBlocks:
+def _tune_gpu(
+    device_kind: str, sizes: Sizes, dtype: str, *, say: Callable[[str], None], quick: bool
+) -> GpuBlocks:
     """Least time summed over the decode shapes, and least time of the prefill."""
-    default = default_gpu_blocks(sizes.head_dim, dtype)
+    default = default_gpu_blocks(device_kind, sizes.head_dim, dtype)
     batches = [decode_operands(sizes, lengths, dtype) for _, lengths in sizes.decode]
 
     def decode_s(decode) -> float:

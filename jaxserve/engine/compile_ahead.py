@@ -56,8 +56,8 @@ _COMPILERS: Final = {
     "tpu": ("libtpu",),
     "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12"),
 }
-_GPU_SHARE: Final = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # environment variable, read by JAX
-_GPU_SHARE_DEFAULT: Final = 0.75
+# Environment variables that JAX reads, the first that is set.
+_GPU_SHARE: Final = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 # How HLO spells the types that pages are stored in.
 _HLO_TYPES: Final = {
@@ -77,11 +77,11 @@ def compile_ahead(
     programs do not fit.
     """
     started_s = time.monotonic()
+    memory_bytes = _usable_bytes(topology)  # JAX dies of a share that is none
     mesh = topology_mesh(config.mesh, topology)
     programs, kernels, weight_bytes = _programs(config, model, mesh, topology)
     pool_bytes = _chip_bytes(programs.state.pages)
     state_bytes = _chip_bytes(programs.state)
-    memory_bytes = _usable_bytes(topology)
     if weight_bytes + state_bytes > memory_bytes:
         raise ConfigError(
             f"num_pages: got {programs.num_pages}; does not fit: {gigabytes(weight_bytes)} of"
@@ -130,10 +130,20 @@ def compile_ahead(
 
 
 def _memory_share(topology: Topology) -> float:
-    """What a process may take of a chip's memory: of a GPU, as much as JAX allocates at start."""
+    """What a process may take of a chip's memory: of a GPU, as much as JAX allocates at start.
+
+    Raises ConfigError for a variable that says no share.
+    """
     if topology.platform == "tpu":
         return 1.0
-    return float(os.environ.get(_GPU_SHARE, _GPU_SHARE_DEFAULT))
+    name, text = next(((n, t) for n in _GPU_SHARE if (t := os.environ.get(n))), ("", "0.75"))
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"{name}: got {text!r}; allowed: above 0, at most 1")
+    return share
 
 
 def _usable_bytes(topology: Topology) -> int:
@@ -186,6 +196,7 @@ def _programs(
         )
     token_bytes = chosen.bytes_per_token(held, config.cache.page_size)
     num_pages = serving_pages(config, held, token_bytes, lambda: free_bytes * mesh.size)
+    chosen.check_pool(held, num_pages, config.cache.page_size, num_devices=mesh.size)
     return made(num_pages), chosen, weight_bytes
 
 

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -23,7 +24,8 @@ OPTIONS: Final[dict[str, Any]] = {
 }
 """How XLA compiles for a GPU that is not there, so that what it dumps can be read here."""
 
-_DUMPED: Final = "*.thunk_sequence_after_thunk_passes.txt"
+# The former where passes changed anything.
+_DUMPED: Final = ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt")
 
 _THUNK: Final = re.compile(r"^( *)\d+: k(\w+)(?:.*\] (\w+) grid: .* shared_memory: (\d+) bytes)?")
 _PALLAS: Final = re.compile(r'__gpu\$xla\.gpu\.triton".*?op_name="[^"]*?([^"/]+)/pallas_call')
@@ -68,10 +70,13 @@ class _Thunk(NamedTuple):
 def thunks(folder: Path) -> str:
     """The largest sequence of thunks that XLA dumped in `folder`, after its last pass over them.
 
-    Small programs beside a large one are constants' and the like.
+    Small programs beside a large one are constants' and the like. Raises ConfigError for none, so
+    that a release of XLA that names it otherwise is not taken for one that finds nothing.
     """
-    texts = (path.read_text() for path in folder.glob(_DUMPED))
-    return max(texts, key=len, default="")
+    for pattern in _DUMPED:
+        if texts := [path.read_text() for path in folder.glob(pattern)]:
+            return max(texts, key=len)
+    raise ConfigError(f"topology: this release of XLA dumps no {_DUMPED[-1]}")
 
 
 def host_work(sequence: str) -> HostWork:
@@ -99,7 +104,7 @@ def pallas_kernels(folder: Path, hlo: str) -> list[KernelFacts]:
     """The Pallas kernels of a program whose optimised HLO and dumps in `folder` these are.
 
     The assembler is asked again, since XLA does not say what it answered. Raises ConfigError when
-    there is none, or when it refuses a kernel.
+    there is none, when it refuses a kernel, and when the dumps lack one.
     """
     names = set(_PALLAS.findall(hlo))
     shared_bytes = {thunk.kernel: thunk.shared_bytes for thunk in _thunks(thunks(folder))}
@@ -110,29 +115,46 @@ def pallas_kernels(folder: Path, hlo: str) -> list[KernelFacts]:
             name = re.sub(r"_\d+$", "", entry)  # equal names are numbered
             if name in names:
                 found.append(_assembled(name, ptx, shared_bytes.get(entry, 0)))
+    if missing := names - {facts.name for facts in found}:
+        raise ConfigError(f"topology: XLA dumped no PTX of {', '.join(sorted(missing))}")
     return found
 
 
+@lru_cache(maxsize=256)  # most programs have the same kernels
 def _assembled(name: str, ptx: str, shared_bytes: int) -> KernelFacts:
-    threads, target = _THREADS.search(ptx), _TARGET.search(ptx)
+    """What the assembler says of a file of PTX with one kernel."""
+    threads, target = _only(_THREADS, ptx), _only(_TARGET, ptx)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
-        command = [_ptxas(), "-v", f"-arch={target[1] if target else 'sm_90a'}", source.name]
+        command = [find_ptxas(), "-v", f"-arch={target}", source.name]
         done = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"kernel {name}: the assembler failed: {done.stderr.strip()}")
-    registers, spilled = _REGISTERS.search(done.stderr), _SPILLED.findall(done.stderr)
+    stores, loads = _only(_SPILLED, done.stderr)
     return KernelFacts(
         name,
-        threads=int(threads[1]) if threads else 0,
-        registers=int(registers[1]) if registers else 0,
-        spilled_bytes=max((int(stores) + int(loads) for stores, loads in spilled), default=0),
+        threads=int(threads),
+        registers=int(_only(_REGISTERS, done.stderr)),
+        spilled_bytes=int(stores) + int(loads),
         shared_bytes=shared_bytes,
     )
 
 
-def _ptxas() -> str:
+def _only(pattern: re.Pattern[str], text: str) -> Any:
+    """What a pattern finds, once; what is said otherwise is not known here."""
+    match pattern.findall(text):
+        case [found]:
+            return found
+        case many:
+            raise ConfigError(
+                f"topology: found {pattern.pattern!r} {len(many)} times, wanted 1; this release"
+                " of XLA or ptxas is not known"
+            )
+
+
+def find_ptxas() -> str:
+    """NVIDIA's assembler, of a package or of the system. Raises ConfigError for none."""
     for package in _PTXAS:
         try:
             spec = find_spec(package)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine.gpu_facts import find_ptxas
 from jaxserve.errors import ConfigError
 from jaxserve.flags import Settings
 from jaxserve.models.sources import load_model_config, parse_source
@@ -78,6 +79,7 @@ def _prepare_for_gpu() -> None:
             "topology: needs JAX's plug-in for CUDA, which has the compiler; try pip install"
             " 'jaxserve[gpu-compile]'"
         )
+    find_ptxas()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of the driver that is not there
 
 

@@ -44,7 +44,7 @@ def test_rows_written_into_the_table_are_found_and_the_rest_stays(tmp_path):
 
 
 def test_a_shape_without_a_row_gets_the_default():
-    default = block_sizes.default_gpu_blocks(128, "int8")
+    default = block_sizes.default_gpu_blocks("abacus", 128, "int8")
     assert gpu_blocks("abacus", head_dim=128, page_size=64, dtype="int8") == default
     default = block_sizes.default_tpu_blocks("TPU v5")
     assert tpu_blocks("TPU v5", head_dim=128, page_size=64, dtype="int8") == default

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine.gpu_facts import HostWork, host_work, thunks
+from jaxserve.errors import ConfigError
 from jaxserve.models.gpu_target import GPU_LIMITS
 
 # A slice whose sampling the host still decides: two branches, one of them in a command buffer.
@@ -47,7 +48,10 @@ def test_a_program_without_a_loop_has_no_step() -> None:
 
 
 def test_the_largest_program_of_a_dump_counts(tmp_path: Path) -> None:
-    assert thunks(tmp_path) == ""
+    with pytest.raises(ConfigError, match="dumps no .*thunk_sequence.txt"):
+        thunks(tmp_path)
+    (tmp_path / "c.thunk_sequence.txt").write_text("before passes")
+    assert thunks(tmp_path) == "before passes"
     for name, text in (("a", "short"), ("b", SLICE)):
         (tmp_path / f"{name}.thunk_sequence_after_thunk_passes.txt").write_text(text)
     assert thunks(tmp_path) == SLICE

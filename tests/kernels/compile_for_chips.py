@@ -1,6 +1,7 @@
 """Compiles what a decoding loop does to pages for TPUs and GPUs that are not there.
 
-Cases as JSON lines in, answers out: in a donated loop, tokens are written and attended to.
+Cases as JSON lines in, answers out: in a donated loop, tokens are written and attended to. A case
+with a vocabulary is the GPU's sampling instead.
 
 A process of its own, because compilers must be told before JAX loads that no chip is asked for.
 """
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.bench.sampling_check import row_params
 from jaxserve.engine.compile_ahead import topology_mesh
 from jaxserve.engine.gpu_facts import OPTIONS, pallas_kernels
+from jaxserve.kernels import sampling
 from jaxserve.kernels.kv_pages import init_row_pages
 from jaxserve.kernels.kv_write import write_kv
 from jaxserve.kernels.paged_attention import paged_attention
@@ -86,9 +89,33 @@ def compile_case(case: dict) -> dict:
     }
 
 
+def compile_sampling(case: dict) -> dict:
+    mesh = topology_mesh("tp=1", parse_topology(case["topology"]))
+    where = NamedSharding(mesh, PartitionSpec())
+    params = row_params([(1.0, 0, 1.0, 0.0)] * case["B"])
+
+    def draw(logits_BV, position_B):
+        active_B = position_B > 0
+        return sampling.sample(logits_BV, params, position_B, active_B, backend="pallas_gpu")
+
+    operands = (
+        jax.ShapeDtypeStruct((case["B"], case["V"]), jnp.float32, sharding=where),
+        jax.ShapeDtypeStruct((case["B"],), jnp.int32, sharding=where),
+    )
+    everywhere = PartitionSpec()
+    shard = jax.shard_map(
+        draw, mesh=mesh, in_specs=(everywhere,) * 2, out_specs=everywhere, check_vma=False
+    )
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        compiled = jax.jit(shard).lower(*operands).compile({"xla_dump_to": folder, **OPTIONS})
+        kernels = [asdict(facts) for facts in pallas_kernels(Path(folder), compiled.as_text())]
+    return {"kernels": kernels}
+
+
 def answer(line: str) -> dict:
+    case = json.loads(line)
     try:
-        return compile_case(json.loads(line))
+        return compile_sampling(case) if "V" in case else compile_case(case)
     except Exception as e:
         return {"error": f"{type(e).__name__}: {e}"[:2000]}
 

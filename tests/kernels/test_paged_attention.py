@@ -285,6 +285,13 @@ def test_a_table_counts_from_the_first_page(backend, Q):
     assert jnp.isfinite(run(q_BQHC, pages, table_BP, *rest, jnp.int32(1000))).all()
 
 
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"soft_cap": -5.0}])
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_a_scale_and_a_soft_cap_are_positive(backend, options):
+    with pytest.raises(ValueError, match=r"(scale|soft_cap): got -?[05].0; allowed: above 0"):
+        paged_attention(*random_batch(7, [4]), backend=backend, **options)
+
+
 def test_pages_that_a_backend_does_not_read_are_refused():
     q_BQHC, pages, *rest = random_batch(7, [4])
     with pytest.raises(ValueError, match="'cpu' reads KvPages, got RowPages; 'xla' reads either"):

@@ -226,6 +226,7 @@ def assert_compiled(answers) -> None:
         one_query = {"paged_attention_decode", "paged_attention_join"}
         assert names == {"kv_write"} | (one_query if case["Q"] == 1 else {"paged_attention_tiles"})
         assert answer["aliased"] >= 0.99 * 2**30, (case, answer)
+        assert answer["temporary"] < 2**28, (case, answer)  # the parts of rows, and no copied pool
         for kernel in answer["kernels"]:
             assert kernel["spilled_bytes"] <= (64 if case["C"] == 256 else 0), (case, kernel)
             assert 0 < kernel["registers"] <= 255 and kernel["shared_bytes"] <= 227 << 10
@@ -233,7 +234,13 @@ def assert_compiled(answers) -> None:
 
 @needs_ptxas
 def test_options_compile_for_gpus(compile_for_chips):
-    assert_compiled(compile_for_chips([chip_case(case, "h200:1") for case in FEW_COMPILED]))
+    """And sampling, for the vocabulary of Llama 3 and the largest that has a kernel."""
+    sampled = [dict(topology="h200:1", B=64, V=vocabulary) for vocabulary in (128_256, 1 << 19)]
+    answers = compile_for_chips([chip_case(c, "h200:1") for c in FEW_COMPILED] + sampled)
+    assert_compiled(answers[: len(FEW_COMPILED)])
+    for case, answer in answers[len(FEW_COMPILED) :]:
+        [kernel] = answer["kernels"]
+        assert kernel["name"] == "sample" and kernel["spilled_bytes"] == 0, (case, kernel)
 
 
 @needs_ptxas
@@ -243,3 +250,10 @@ def test_options_compile_for_gpus(compile_for_chips):
 def test_all_options_compile_for_gpus(stored, compile_for_chips):
     chosen = [options for options in MATRIX if options.stored == stored]
     assert_compiled(compile_for_chips([chip_case(case, "h200:1") for case in chosen]))
+
+
+@needs_ptxas
+@pytest.mark.full
+def test_pairs_of_options_compile_for_older_gpus(compile_for_chips):
+    has = [case for case in PAIRWISE if case[3] != "float8_e4m3fn"]
+    assert_compiled(compile_for_chips([chip_case(case, "a100:1") for case in has]))

@@ -313,10 +313,11 @@ def test_logprobs_nobody_wants_are_empty():
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_get_no_code_of_a_cpu_and_no_sort_of_a_vocabulary(platform):
+def test_xla_has_no_code_of_a_cpu_and_no_sort_of_a_vocabulary_on_accelerators(platform):
     def step(x_BV, position_B):
         params = row_params([NARROW_ROW, PURE, MANY])
-        tokens_B, finite_B = sampling.sample(x_BV, params, position_B, jnp.ones(3, bool))
+        active_B = jnp.ones(3, bool)
+        tokens_B, finite_B = sampling.sample(x_BV, params, position_B, active_B, backend="xla")
         return tokens_B, finite_B, sampling.token_logprobs(x_BV, tokens_B, jnp.bool_(True))
 
     shapes = jax.ShapeDtypeStruct((3, V), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)

@@ -72,6 +72,15 @@ def test_tokens_equal_those_of_xla(
     assert_same(logits_BV, filters, np.array(active), seed)
 
 
+def test_a_row_whose_walk_takes_several_steps_a_chunk():
+    """Questions of a large vocabulary are asked of fewer lanes at a time than a chunk has."""
+    vocabulary = 16_500
+    assert sampling_gpu._Cut(vocabulary).W < sampling_gpu._Cut(vocabulary).G
+    logits_BV = np.random.default_rng(3).normal(0, 1, (B, vocabulary)).astype(np.float32)
+    wide: list[Filter] = [(1.0, 500, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (2.0, 3000, 0.5, 0.0)]
+    assert_same(logits_BV, (wide * B)[:B], np.ones(B, bool), 5)
+
+
 @pytest.mark.parametrize("filters", [(1.0, 0, 1.0, 0.0), (1.0, 40, 0.9, 0.0), (1.0, 500, 0.9, 0.0)])
 @pytest.mark.parametrize("where", [0, 130, 776])
 def test_a_nan_anywhere_ends_its_row_and_no_other(filters: Filter, where: int):

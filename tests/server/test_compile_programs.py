@@ -136,6 +136,31 @@ def test_a_type_that_the_chip_has_not_is_refused_before_anything_is_compiled() -
     assert "kv_dtype: got 'float8_e4m3fn'; allowed on TPU v5 lite, which has no fp8" in done.stderr
 
 
+@needs_ptxas
+def test_a_pool_that_the_kernels_cannot_address_is_refused_before_anything_is_compiled() -> None:
+    done = compile_in_process(
+        "--model=random:llama3-8b", "--topology=h200:1", "--kv_dtype=int8", "--num_pages=600"
+    )
+    assert done.returncode == 2 and "compiled" not in done.stderr
+    assert "num_pages: got 600, 2.34 GiB of int8 on a device; allowed:" in done.stderr
+
+
+@needs_ptxas
+@pytest.mark.parametrize(
+    "name,text,error",
+    [
+        ("XLA_CLIENT_MEM_FRACTION", "0.1", "h200:1, 14.10 GB a chip; does not fit: 16.06 GB"),
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", "much", "XLA_PYTHON_CLIENT_MEM_FRACTION: got 'much'"),
+    ],
+)
+def test_what_a_process_may_take_of_a_gpu_is_as_jax_is_told(
+    name: str, text: str, error: str, monkeypatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    done = compile_in_process("--model=random:llama3-8b", "--topology=h200:1")
+    assert done.returncode == 2 and error in done.stderr, done.stderr
+
+
 @needs_libtpu
 def test_pages_that_do_not_fit_are_refused() -> None:
     done = compile_in_process(
@@ -197,7 +222,8 @@ def test_a_deployment_is_compiled_without_a_gpu(tmp_path: Path) -> None:
     assert {program["host"]["waits"] for program in slices} == {1}
     assert all(0 < program["host"]["step_launches"] < 60 for program in slices)
     kernels = {kernel["name"]: kernel for kernel in report["gpu_kernels"]}
-    assert kernels.keys() >= {"paged_attention_decode", "paged_attention_tiles", "kv_write"}
+    attention = {f"paged_attention_{name}" for name in ("decode", "join", "tiles")}
+    assert kernels.keys() == attention | {"kv_write", "sample"}
     for kernel in kernels.values():
         assert kernel["spilled_bytes"] == 0 and kernel["per_core"] >= 1, kernel
 
