@@ -219,8 +219,8 @@ def chip_case(options, topology) -> dict[str, Any]:
     return {short.get(name, name): value for name, value in case.items()}
 
 
-def assert_compiled(answers, *, most_spilled=0) -> None:
-    """In place, and in registers, but for what little may spill at the largest heads."""
+def assert_compiled(answers) -> None:
+    """In place, and in registers, but for 64 bytes of a thread: nothing beside 250 registers."""
     for case, answer in answers:
         names = {kernel["name"] for kernel in answer["kernels"]}
         one_query = {"paged_attention_decode", "paged_attention_join"}
@@ -228,10 +228,7 @@ def assert_compiled(answers, *, most_spilled=0) -> None:
         assert answer["aliased"] >= 0.99 * 2**30, (case, answer)
         assert answer["temporary"] < 2**28, (case, answer)  # the parts of rows, and no copied pool
         for kernel in answer["kernels"]:
-            assert kernel["spilled_bytes"] <= (64 if case["C"] == 256 else most_spilled), (
-                case,
-                kernel,
-            )
+            assert kernel["spilled_bytes"] <= 64, (case, kernel)
             assert 0 < kernel["registers"] <= 255 and kernel["shared_bytes"] <= 227 << 10
 
 
@@ -259,4 +256,4 @@ def test_all_options_compile_for_gpus(stored, compile_for_chips):
 @pytest.mark.full
 def test_pairs_of_options_compile_for_older_gpus(compile_for_chips):
     has = [case for case in PAIRWISE if case[3] != "float8_e4m3fn"]
-    assert_compiled(compile_for_chips([chip_case(case, "a100:1") for case in has]), most_spilled=64)
+    assert_compiled(compile_for_chips([chip_case(case, "a100:1") for case in has]))
